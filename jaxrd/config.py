@@ -1,0 +1,323 @@
+"""The configuration of a run: frozen dataclasses that every config file is validated into.
+
+Config files (`configs/*.py`) return an `ml_collections.ConfigDict`, which a notebook edits and the command line overrides;
+`Config.from_dict` is the one door from there into the library. Every complaint is one line that names the field, the value
+and the way out.
+"""
+
+import dataclasses
+import difflib
+import fractions
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import config_dict
+
+from jaxrd import distillation
+from jaxrd.errors import InputError
+from jaxrd.threat import ThreatModel
+
+
+def _field(default, doc: str):
+    """A field with its documentation, which `describe` prints."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    name: str = _field("pgd_at", 'pgd_at, ard or rslad, each with "+igdm" or without')
+    igdm: float | None = _field(None, 'weight alpha of the IGDM term; None: 10 with "+igdm" in the name, else 0')
+    igdm_ramp: str = _field("linear", '"linear" (alpha * e/E) or "constant"')
+    mirrored_statistics: bool = _field(False, "let S(x - delta) move the BatchNorm running statistics (published code)")
+    rslad_scale: float = _field(0.1, "factor of the RSLAD loss: 0.1 as published, 1 for the plain batch mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    name: str = _field("jaxrd_digits", "name of a prepared TFDS data set; jaxrd_digits prepares itself")
+    arrays: str = _field("", '"train.npz,test.npz" (keys images, labels) instead of a TFDS data set')
+    directory: str = _field("", "where TFDS data sets lie; empty: TFDS's own default")
+    examples: int | None = _field(None, "train on this many images only, a stratified draw by the run's seed; None: all")
+    validation_fraction: float = _field(0.1, "part of the training split set aside where a data set has no validation split")
+    shift: int = _field(0, "random pad-and-crop, in pixels (papers: 4 on CIFAR)")
+    flip: bool = _field(False, "random horizontal flips")
+
+
+@dataclasses.dataclass(frozen=True)
+class ThreatConfig:
+    norm: str = _field("linf", '"linf" or "l2"')
+    epsilon: float = _field(8 / 255, 'radius in pixel units of [0, 1], a number or a fraction such as "8/255"')
+
+    def build(self) -> ThreatModel:
+        return ThreatModel(self.norm, self.epsilon)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackConfig:
+    steps: int = _field(10, "gradient steps of the training attack")
+    step_size: float = _field(2 / 255, "length of one, in pixel units; at most 2 epsilon")
+    batch_statistics: bool = _field(False, "BatchNorm of the student by batch statistics inside the attack")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = _field(0.1, "peak learning rate of SGD")
+    momentum: float = _field(0.9, "momentum")
+    nesterov: bool = _field(False, "Nesterov momentum")
+    weight_decay: float = _field(5e-4, "coupled weight decay, on all parameters")
+    schedule: str = _field("step", '"step" (papers: divided by 10 at the milestones) or "cosine"')
+    milestones: tuple[float, ...] = _field((0.5, 0.75), "fractions of training at which the rate is divided by 10")
+    warmup: float = _field(0.0, "fraction of training with a linear warm-up")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    steps: int | None = _field(None, "length of training in steps; None: as `epochs` says")
+    epochs: float | None = _field(200.0, "length of training in epochs, where `steps` is None")
+    batch_size: int = _field(128, "images per step, over all devices")
+    weight_average: float = _field(0.0, "decay of an exponential moving average of the weights; 0: none")
+    log_every: int = _field(50, "steps between two lines of the log")
+    checkpoint_every: int | None = _field(None, "steps between two validations and checkpoints; None: 10 per run")
+    keep: int = _field(2, "newest checkpoints kept, besides the best one by validation PGD accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run, complete. Built by `Config.from_dict`, which documents what it refuses."""
+
+    seed: int = _field(0, "of everything random in the run")
+    method: MethodConfig = MethodConfig()
+    student: str = _field("resnet18", "model that is trained: resnet18, wrn34_10, resnet6_w8, ...")
+    teacher: str = _field("", "run directory of the teacher; empty: none")
+    dtype: str = _field("float32", 'compute dtype of the student\'s body: "float32" or "bfloat16"')
+    data: DataConfig = DataConfig()
+    threat: ThreatConfig = ThreatConfig()
+    attack: AttackConfig = AttackConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """Returns the validated configuration.
+
+        Args:
+          values: nested mapping (a ConfigDict, or what `to_dict` gave); missing fields take their defaults, and a string for
+            `method` stands for `method.name`.
+
+        Raises:
+          InputError: an unknown field (with the nearest known one), a value of the wrong type or out of range.
+        """
+        config = _build(cls, values, "")
+        _check(config)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested plain dicts that `from_dict` reads back and JSON can hold."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def build_method(self) -> distillation.Method:
+        options = dataclasses.asdict(self.method)
+        return distillation.method(options.pop("name"), **options)
+
+    def steps(self, train_examples: int) -> int:
+        """Returns the length of training in steps."""
+        if self.training.steps is not None:
+            return self.training.steps
+        return max(1, round(self.training.epochs * train_examples / self.training.batch_size))
+
+
+def config_dict_of(config: Config) -> config_dict.ConfigDict:
+    """Returns a ConfigDict for a config file's `get_config`: its fields are fixed, its leaves take values of any type.
+
+    Types are left to `Config.from_dict`, whose complaints are better: an epsilon may be given as "8/255", and None stays
+    possible where a field allows it.
+    """
+    def convert(section):
+        if dataclasses.is_dataclass(section):
+            return config_dict.ConfigDict(
+                {field.name: convert(getattr(section, field.name)) for field in dataclasses.fields(section)})
+        return config_dict.FieldReference(section, field_type=object)
+
+    return convert(config)
+
+
+def parse_argument(argument: str, *, default: str) -> tuple[str, dict[str, str]]:
+    """Splits the part of `--config=FILE:ARGUMENT` after the colon.
+
+    Args:
+      argument: "rslad+igdm" or "adaad+igdm,student=mobilenet_v2": a preset's name, then field=value pairs.
+      default: the name where the argument gives none.
+
+    Returns:
+      (name, {dotted field: text}).
+    """
+    name, overrides = default, {}
+    for index, part in enumerate(filter(None, argument.split(","))):
+        field, equals, value = part.partition("=")
+        if equals:
+            overrides[field] = value
+        elif index == 0:
+            name = part
+        else:
+            raise InputError(f'config argument "{argument}": "{part}" is not field=value')
+    return name, overrides
+
+
+def describe(config: Config) -> str:
+    """Returns every field with its value and meaning, one per line."""
+    lines = []
+
+    def visit(section, prefix):
+        for field in dataclasses.fields(section):
+            value, path = getattr(section, field.name), f"{prefix}{field.name}"
+            if dataclasses.is_dataclass(value):
+                visit(value, f"{path}.")
+            else:
+                lines.append(f"{path} = {value!r}".ljust(44) + f"  # {field.metadata['doc']}")
+
+    visit(config, "")
+    return "\n".join(lines)
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """Returns (field, old value, new value) of the first field in which two nested dicts differ, or None."""
+    for name in sorted({*old, *new}):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if found := difference(a, b, f"{prefix}{name}."):
+                return found
+        elif a != b:
+            return f"{prefix}{name}", a, b
+    return None
+
+
+def unknown_field(path: str) -> str | None:
+    """Returns what is wrong with a dotted field name, or None where it names a field of `Config`."""
+    section, prefix = Config, ""
+    for name in path.split("."):
+        known = _types(section) if dataclasses.is_dataclass(section) else {}
+        if name not in known:
+            return _unknown(f"{prefix}{name}", {f"{prefix}{field}" for field in known})
+        section, prefix = known[name], f"{prefix}{name}."
+    return None
+
+
+@functools.cache
+def _types(section: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(section)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+
+
+@functools.cache
+def _all_paths(section: type = Config, prefix: str = "") -> tuple[str, ...]:
+    paths = []
+    for name, kind in _types(section).items():
+        paths += [f"{prefix}{name}"]
+        paths += _all_paths(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else []
+    return tuple(paths)
+
+
+def _unknown(path: str, siblings: set[str]) -> str:
+    close = difflib.get_close_matches(path, siblings, n=1) or difflib.get_close_matches(path, _all_paths(), n=1)
+    # A field written without its section ("epsilon", "learning_rate") is found by its last name.
+    close = close or [known for known in _all_paths() if known.split(".")[-1] == path.split(".")[-1]]
+    hint = f"did you mean config.{close[0]}?" if close else f"known: {', '.join(sorted(siblings)) or 'none here'}"
+    return f"config.{path}: no such field; {hint}"
+
+
+def _build(section: type, values: Any, prefix: str):
+    if section is MethodConfig and isinstance(values, str):
+        values = {"name": values}
+    if not isinstance(values, Mapping | config_dict.ConfigDict):
+        raise InputError(f"config.{prefix.rstrip('.')} is {values!r}; it is a section of fields, not a value")
+    known = _types(section)
+    for name in values:
+        if name not in known:
+            raise InputError(_unknown(f"{prefix}{name}", {f"{prefix}{field}" for field in known}))
+    built = {}
+    for name in values:
+        kind, value = known[name], values[name]
+        path = f"{prefix}{name}"
+        built[name] = _build(kind, value, f"{path}.") if dataclasses.is_dataclass(kind) else _convert(kind, value, path)
+    return section(**built)
+
+
+def _convert(kind: Any, value: Any, path: str):
+    """Returns `value` as `kind`, or raises InputError; no silent rounding, no truthiness."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if types.NoneType in options and (value is None or value in ("None", "none")):
+        return None
+    kind = next(option for option in options if option is not types.NoneType)
+    wanted = {int: "a whole number", float: 'a number or a fraction such as "8/255"', bool: "true or false", str: "a text"}
+    wrong = InputError(f"config.{path} is {value!r}; it must be "
+                       f"{wanted.get(kind, 'a list of numbers')}{' or None' if types.NoneType in options else ''}")
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            value = [part for part in str(value).split(",") if part]
+        return tuple(_convert(float, item, path) for item in value)
+    if kind is str:
+        if not isinstance(value, str):
+            raise wrong
+        return value
+    if kind is bool:
+        text = str(value).lower()
+        if text not in ("true", "false"):
+            raise wrong
+        return text == "true"
+    if isinstance(value, bool):
+        raise wrong
+    try:
+        number = fractions.Fraction(value.replace(" ", "")) if isinstance(value, str) else value
+        result = kind(number)
+    except (ValueError, ZeroDivisionError, TypeError, OverflowError):
+        raise wrong from None
+    if kind is int and result != number:
+        raise wrong
+    if not math.isfinite(result):
+        raise wrong
+    return result
+
+
+def _check(config: Config) -> None:
+    """Ranges, field by field, then what the sections must say together."""
+    def need(ok: bool, path: str, rule: str):
+        if not ok:
+            value = functools.reduce(getattr, path.split("."), config)
+            raise InputError(f"config.{path} is {value!r}; it must be {rule}")
+
+    training, optimizer = config.training, config.optimizer
+    need(config.seed >= 0, "seed", "0 or above")
+    need(config.dtype in ("float32", "bfloat16"), "dtype", '"float32" or "bfloat16"')
+    need(config.data.examples is None or config.data.examples > 0, "data.examples", "above 0, or None for all images")
+    need(0 < config.data.validation_fraction < 1, "data.validation_fraction", "between 0 and 1")
+    need(config.data.shift >= 0, "data.shift", "0 or above")
+    need(config.attack.steps > 0, "attack.steps", "above 0")
+    need(optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
+    need(0 <= optimizer.momentum < 1, "optimizer.momentum", "in [0, 1)")
+    need(optimizer.weight_decay >= 0, "optimizer.weight_decay", "0 or above")
+    need(optimizer.schedule in ("step", "cosine"), "optimizer.schedule", '"step" or "cosine"')
+    need(all(0 < at < 1 for at in optimizer.milestones), "optimizer.milestones", "fractions of training, between 0 and 1")
+    need(0 <= optimizer.warmup < 1, "optimizer.warmup", "a fraction of training in [0, 1)")
+    need(training.steps is None or training.steps > 0, "training.steps", "above 0")
+    need(training.steps is not None or (training.epochs or 0) > 0, "training.epochs", "above 0 where training.steps is None")
+    need(training.batch_size > 0, "training.batch_size", "above 0")
+    need(0 <= training.weight_average < 1, "training.weight_average", "a decay in [0, 1)")
+    need(training.log_every > 0, "training.log_every", "above 0")
+    need(training.checkpoint_every is None or training.checkpoint_every > 0, "training.checkpoint_every", "above 0 or None")
+    need(training.keep > 0, "training.keep", "above 0")
+    need(config.method.rslad_scale > 0, "method.rslad_scale", "above 0")
+
+    try:
+        config.threat.build().check_step_size(config.attack.step_size)
+        method = config.build_method()
+    except InputError as error:
+        raise InputError(f"config: {error}") from None
+    if method.needs_teacher and not config.teacher:
+        raise InputError(
+            f'config.teacher is empty; method "{method.name}" needs the run directory of a teacher: '
+            "--config.teacher=runs/teacher")

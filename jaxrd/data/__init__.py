@@ -1,0 +1,6 @@
+"""Data sets in host memory (`source`) and augmentation inside the compiled step (`augment`)."""
+
+from jaxrd.data import augment
+from jaxrd.data.source import DataSet, Source, from_arrays, open_arrays, open_dataset, open_tfds
+
+__all__ = ["DataSet", "Source", "augment", "from_arrays", "open_arrays", "open_dataset", "open_tfds"]

@@ -1,0 +1,137 @@
+"""ResNets for small images: He et al. 2016, "Deep Residual Learning for Image Recognition", with a 3x3 stem and no max-pool.
+
+This is the layout that the robust-distillation papers call ResNet-18, so that weights can move between their files and this
+module: the same layers, padding and initial distributions as their PyTorch code.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxrd.models.normalization import batch_norm
+
+Array = jax.Array
+
+
+def torch_uniform(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32, fan_in: int | None = None) -> Array:
+    """Returns U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what PyTorch's convolution and linear layers start from.
+
+    Args:
+      key: typed key.
+      shape: of the kernel, outputs last.
+      dtype: of the kernel.
+      fan_in: inputs of each output; None takes it from the shape. A bias has to be told.
+    """
+    bound = (fan_in or math.prod(shape[:-1])) ** -0.5
+    return draw_flat(jax.random.uniform, key, shape, dtype) * (2 * bound) - bound
+
+
+def draw_flat(distribution: Callable, key: Array, shape: Sequence[int], dtype: jnp.dtype) -> Array:
+    """Returns distribution(key, shape, dtype), drawn as a vector and reshaped.
+
+    The numbers are the same, but XLA on CPU compiles a draw in four dimensions about fifteen times slower than a flat one,
+    and a model has many.
+    """
+    return distribution(key, (math.prod(shape),), dtype).reshape(shape)
+
+
+def convolution(
+        features: int, size: int, stride: int, dtype: jnp.dtype, name: str, kernel_init: Callable = torch_uniform) -> nn.Conv:
+    """Returns a bias-free convolution, size x size with size odd, that pads size // 2 on all four sides.
+
+    Flax's "SAME" pads a convolution of stride 2 on the right and the bottom only: another network than PyTorch's.
+    """
+    padding = ((size // 2, size // 2),) * 2
+    return nn.Conv(
+        features, (size, size), stride, padding, use_bias=False, kernel_init=kernel_init, dtype=dtype, name=name)
+
+
+class BasicBlock(nn.Module):
+    """relu(shortcut(x) + bn(conv3x3(relu(bn(conv3x3(x)))))): the block of ResNet-18 and 34.
+
+    Attributes:
+      width: channels, inside and out.
+      stride: of the first convolution and of the shortcut.
+      dtype: compute dtype.
+    """
+
+    width: int
+    stride: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        out = convolution(self.width, 3, self.stride, self.dtype, "conv1")(x)
+        out = nn.relu(batch_norm(train, self.dtype, "bn1")(out))
+        out = convolution(self.width, 3, 1, self.dtype, "conv2")(out)
+        out = batch_norm(train, self.dtype, "bn2")(out)
+        return nn.relu(out + _shortcut(x, self.width, self.stride, self.dtype, train))
+
+
+class BottleneckBlock(nn.Module):
+    """relu(shortcut(x) + bn(conv1x1(relu(bn(conv3x3(relu(bn(conv1x1(x))))))))): the block of ResNet-50.
+
+    Attributes:
+      width: channels inside; four times as many come out.
+      stride: of the 3x3 convolution and of the shortcut.
+      dtype: compute dtype.
+    """
+
+    width: int
+    stride: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        out = convolution(self.width, 1, 1, self.dtype, "conv1")(x)
+        out = nn.relu(batch_norm(train, self.dtype, "bn1")(out))
+        out = convolution(self.width, 3, self.stride, self.dtype, "conv2")(out)
+        out = nn.relu(batch_norm(train, self.dtype, "bn2")(out))
+        out = convolution(4 * self.width, 1, 1, self.dtype, "conv3")(out)
+        out = batch_norm(train, self.dtype, "bn3")(out)
+        return nn.relu(out + _shortcut(x, 4 * self.width, self.stride, self.dtype, train))
+
+
+class ResNet(nn.Module):
+    """A ResNet: 3x3 stem, stages of residual blocks, global average pool, linear layer.
+
+    Each stage after the first doubles the width and halves the image by a stride of 2 in its first block.
+
+    Attributes:
+      blocks: residual blocks in each stage.
+      width: channels of the stem and of the first stage.
+      block: BasicBlock or BottleneckBlock.
+      classes: number of logits.
+      dtype: compute dtype of everything up to the pool; pool and linear layer are float32.
+    """
+
+    blocks: Sequence[int]
+    width: int
+    block: type[nn.Module]
+    classes: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool) -> Array:
+        x = convolution(self.width, 3, 1, self.dtype, "conv1")(images)
+        x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
+        for stage, blocks in enumerate(self.blocks):
+            for index in range(blocks):
+                stride = 2 if stage > 0 and index == 0 else 1
+                x = self.block(self.width * 2**stage, stride, self.dtype, name=f"layer{stage + 1}_{index}")(x, train)
+        x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        bias_init = functools.partial(torch_uniform, fan_in=x.shape[-1])
+        return nn.Dense(
+            self.classes, kernel_init=torch_uniform, bias_init=bias_init, dtype=jnp.float32, name="linear")(x)
+
+
+def _shortcut(x: Array, features: int, stride: int, dtype: jnp.dtype, train: bool) -> Array:
+    """Returns x, or bn(conv1x1(x)) where the block changes its shape."""
+    if stride == 1 and x.shape[-1] == features:
+        return x
+    x = convolution(features, 1, stride, dtype, "shortcut_conv")(x)
+    return batch_norm(train, dtype, "shortcut_bn")(x)

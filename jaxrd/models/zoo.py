@@ -1,0 +1,194 @@
+"""Models by name, each behind two pure functions: `init(key)` and `apply(variables, images, train)`."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import difflib
+import functools
+import math
+import numbers
+import re
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxrd.errors import InputError
+from jaxrd.models.normalization import normalize_images
+from jaxrd.models.resnet import BasicBlock, BottleneckBlock, ResNet
+from jaxrd.models.wide_resnet import WideResNet
+
+Array = jax.Array
+Variables = dict
+
+# Residual blocks per stage. 6, 8 and 10 are small ones for small images and quick runs.
+_RESNET_BLOCKS = {6: (1, 1), 8: (1, 1, 1), 10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+_FORMS = (
+    "resnet18, resnet34, resnet50, resnet{depth}_w{width} with depth 6, 8, 10, 18, 34 or 50, "
+    "wrn{depth}_{width} with depth 10, 16, 22, 28, 34, ...")
+_EXAMPLES = ["resnet18", "resnet34", "resnet50", "wrn16_4", "wrn28_10", "wrn34_10", "wrn34_20", "wrn70_16"]
+_EXAMPLES += [f"resnet{depth}_w{width}" for depth in _RESNET_BLOCKS for width in (8, 16, 32)]
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An image classifier as two pure functions, whatever library its layers come from.
+
+    Attributes:
+      name: what `create` was called with.
+      classes: number of logits.
+      image_shape: (height, width, channels) of one image.
+      init: init(key) -> variables {"params": ..., "batch_stats": ...}, all float32.
+      apply: apply(variables, images, train) -> (logits [batch, classes] float32, new batch_stats), for images
+        [batch, height, width, channels] float in [0, 1]. `train` is a Python bool: True normalises by the batch and returns
+        updated statistics, False normalises by the running statistics and returns them unchanged. Raises InputError where
+        the images have another shape or are integers.
+      specification: the arguments of `create` as JSON can hold them: `create(**specification)` is this model again.
+    """
+
+    name: str
+    classes: int
+    image_shape: tuple[int, int, int]
+    init: Callable[[Array], Variables]
+    apply: Callable[[Variables, Array, bool], tuple[Array, Variables]]
+    specification: dict = dataclasses.field(compare=False)
+
+
+def create(
+        name: str,
+        *,
+        classes: int,
+        image_shape: Sequence[int] = (32, 32, 3),
+        dtype: str = "float32",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+) -> Model:
+    """Returns the model of that name.
+
+    Names: "resnet18", "resnet34" and "resnet50" (He et al. 2016, the CIFAR layout); "resnet{depth}_w{width}", the same with
+    `width` instead of 64 channels in the first stage, and also with depth 6, 8 or 10: one block in each of 2, 3 or 4 stages;
+    "wrn{depth}_{width}" (Zagoruyko and Komodakis 2016, as in TRADES), depth 6n + 4. Any image size will do: the last layer
+    pools over all of it.
+
+    Args:
+      name: as above.
+      classes: number of logits, at least 2.
+      image_shape: (height, width, channels).
+      dtype: "float32" or "bfloat16": what the layers before the pool compute in. Parameters, statistics, pool, linear layer
+        and logits are float32 either way.
+      mean: per channel, subtracted from the images inside the model; None with `std` None: images stay in [0, 1].
+      std: per channel, above 0; the images are divided by it.
+
+    Raises:
+      InputError: an unknown name, or an argument outside those ranges.
+
+    Example:
+      >>> model = create("resnet6_w8", classes=10, image_shape=(8, 8, 1))
+      >>> variables = model.init(jax.random.key(0))
+      >>> logits, _ = model.apply(variables, jnp.zeros([4, 8, 8, 1]), False)
+      >>> logits.shape
+      (4, 10)
+    """
+    if not (isinstance(classes, numbers.Integral) and classes >= 2):
+        raise InputError(f"model classes is {classes!r}; it must be a whole number of at least 2, such as 10")
+    image_shape = tuple(image_shape)
+    if len(image_shape) != 3 or not all(isinstance(size, numbers.Integral) and size > 0 for size in image_shape):
+        raise InputError(f"model image_shape is {image_shape}; give (height, width, channels), such as (32, 32, 3)")
+    if dtype not in _DTYPES:
+        raise InputError(f'model dtype is {dtype!r}; use "float32" or "bfloat16"')
+    mean, std = _checked_statistics(mean, std, channels=image_shape[2])
+    return _create(name, int(classes), tuple(map(int, image_shape)), dtype, mean, std)
+
+
+# Cached, so that two equal models are one static argument, and what was compiled for the first serves the second.
+@functools.lru_cache(maxsize=None)
+def _create(name, classes, image_shape, dtype, mean, std) -> Model:
+    module = _module(name, classes, _DTYPES[dtype])
+
+    # Compiled, because only then is the forward pass that discovers the parameter shapes not computed.
+    @jax.jit
+    def init(key):
+        return dict(module.init(key, jnp.zeros((1, *image_shape)), train=False))
+
+    def apply(variables, images, train):
+        _check_images(images, name, image_shape)
+        images = normalize_images(images, mean, std)
+        if not train:
+            return module.apply(variables, images, train=False), variables["batch_stats"]
+        logits, updated = module.apply(variables, images, train=True, mutable=["batch_stats"])
+        return logits, updated["batch_stats"]
+
+    specification = {
+        "name": name, "classes": classes, "image_shape": image_shape, "dtype": dtype, "mean": mean, "std": std}
+    return Model(name, classes, image_shape, init, apply, specification)
+
+
+def logits_fn(model: Model, variables: Variables) -> Callable[[Array], Array]:
+    """Returns the function images -> logits of a model in eval mode: what attacks and alignment tools take."""
+    return lambda images: model.apply(variables, images, False)[0]
+
+
+def parameter_count(variables: Variables) -> int:
+    """Returns the number of trained parameters, without BatchNorm's running statistics.
+
+    Args:
+      variables: what `init` returns, or its shapes from `jax.eval_shape`.
+    """
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+
+
+def restore(workdir: str, step: str | int = "last") -> tuple[Model, Variables]:
+    """Returns the model of a run directory, or of an imported teacher, and its variables.
+
+    Args:
+      workdir: a directory that training or a weight import has written.
+      step: "last", "best" (by robust accuracy) or a step number.
+    """
+    from jaxrd.training import checkpoint  # Here, because training imports models.
+
+    return checkpoint.restore_model(workdir, step)[:2]
+
+
+def _module(name: str, classes: int, dtype: jnp.dtype) -> nn.Module:
+    """Returns the Flax module of that name; raises InputError where there is none."""
+    if match := re.fullmatch(r"resnet([1-9]\d*)(?:_w([1-9]\d*))?", str(name)):
+        depth, width = int(match[1]), int(match[2] or 64)
+        if depth in (18, 34, 50) or depth in _RESNET_BLOCKS and match[2]:
+            block = BottleneckBlock if depth == 50 else BasicBlock
+            return ResNet(_RESNET_BLOCKS[depth], width, block, classes, dtype)
+    if match := re.fullmatch(r"wrn([1-9]\d*)_([1-9]\d*)", str(name)):
+        depth, width = int(match[1]), int(match[2])
+        if depth >= 10 and depth % 6 == 4:
+            return WideResNet(depth, width, classes, dtype)
+        nearest = max(10, 6 * round((depth - 4) / 6) + 4)
+        raise InputError(f'model name is "{name}"; a wide ResNet has depth 6n + 4: did you mean "wrn{nearest}_{width}"?')
+    close = difflib.get_close_matches(str(name).lower().replace("-", "_"), _EXAMPLES, n=1)
+    suggestion = f'did you mean "{close[0]}"? ' if close else ""
+    raise InputError(f'model name is "{name}", which is not known; {suggestion}Names: {_FORMS}')
+
+
+def _checked_statistics(mean, std, channels: int):
+    """Returns mean and std as tuples of floats, or both None; raises InputError where they do not fit the channels."""
+    if mean is None and std is None:
+        return None, None
+    if mean is None or std is None:
+        raise InputError(f"model mean is {mean} and std is {std}; give both, or neither to leave images in [0, 1]")
+    mean, std = tuple(float(value) for value in mean), tuple(float(value) for value in std)
+    if not len(mean) == len(std) == channels:
+        raise InputError(f"model mean {mean} and std {std} must have one value for each of the {channels} image channels")
+    if not all(0 <= value <= 1 for value in mean):
+        raise InputError(f"model mean is {mean}; give it in units of [0, 1], for instance 125.3 / 255 instead of 125.3")
+    if not all(0 < value <= 1 for value in std):
+        raise InputError(f"model std is {std}; it must be above 0 and in units of [0, 1], for instance 63 / 255")
+    return mean, std
+
+
+def _check_images(images: Array, name: str, image_shape: tuple[int, int, int]) -> None:
+    """Raises InputError where a batch has the wrong shape or holds integers; reads no values, so it is free under jit."""
+    if images.ndim != 4 or images.shape[1:] != image_shape:
+        expected = ", ".join(map(str, image_shape))
+        raise InputError(
+            f'images have shape {list(images.shape)}, but model "{name}" takes [batch, {expected}]; '
+            "resize them, or create the model with their image_shape")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(f"images are {images.dtype}; give float32 in [0, 1], such as images / 255")

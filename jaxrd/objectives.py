@@ -1,0 +1,112 @@
+"""Per-example functions of logits: what attacks maximise and what losses are made of.
+
+Every function takes logits [batch, classes] and returns [batch]; the train step alone takes means. Where two distributions
+meet, the target comes first.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# Added to the logit of the true class to keep it out of a maximum over the others: beyond any logit, well inside float32.
+_MASK = 1e9
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Returns -log softmax(logits)[label].
+
+    Args:
+      logits: [batch, classes].
+      labels: [batch] int, in [0, classes).
+    """
+    _check(logits, labels)
+    return -_at(jax.nn.log_softmax(logits), labels)
+
+
+def kl_divergence(target_logits: Array, logits: Array) -> Array:
+    """Returns KL(softmax(target_logits) || softmax(logits)) = sum_c t_c (log t_c - log s_c), summed over classes.
+
+    The mean over the batch is PyTorch's `batchmean`; its `mean` divides by the number of classes too. Gradients flow into
+    both arguments.
+
+    Args:
+      target_logits: [batch, classes], the distribution to match: the teacher's.
+      logits: [batch, classes].
+    """
+    chex.assert_rank([target_logits, logits], 2)
+    chex.assert_equal_shape([target_logits, logits])
+    target = jax.nn.log_softmax(target_logits)
+    return jnp.sum(jnp.exp(target) * (target - jax.nn.log_softmax(logits)), axis=-1)
+
+
+def margin(logits: Array, labels: Array) -> Array:
+    """Returns max_{c != y} z_c - z_y: above 0 where the example is misclassified (Carlini & Wagner 2017).
+
+    Args:
+      logits: [batch, classes].
+      labels: [batch] int, in [0, classes).
+    """
+    _check(logits, labels)
+    return jnp.max(logits - _MASK * jax.nn.one_hot(labels, logits.shape[-1]), axis=-1) - _at(logits, labels)
+
+
+def dlr(logits: Array, labels: Array) -> Array:
+    """Returns the difference-of-logits ratio (max_{c != y} z_c - z_y) / (z_pi1 - z_pi3) (Croce & Hein 2020, eq. 6).
+
+    Invariant to shifts and positive scalings of the logits; needs at least 3 classes.
+
+    Args:
+      logits: [batch, classes >= 3].
+      labels: [batch] int, in [0, classes).
+    """
+    _check(logits, labels, classes=3)
+    top = jnp.sort(logits, axis=-1)
+    return margin(logits, labels) / (top[:, -1] - top[:, -3] + 1e-12)
+
+
+def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
+    """Returns (z_t - z_y) / (z_pi1 - (z_pi3 + z_pi4) / 2) (Croce & Hein 2020, eq. 7); needs at least 4 classes.
+
+    Args:
+      logits: [batch, classes >= 4].
+      labels: [batch] int, the true classes.
+      targets: [batch] int, the classes to be mistaken for.
+    """
+    _check(logits, labels, classes=4)
+    top = jnp.sort(logits, axis=-1)
+    scale = top[:, -1] - 0.5 * (top[:, -3] + top[:, -4]) + 1e-12
+    return (_at(logits, targets) - _at(logits, labels)) / scale
+
+
+def l1_distance(target_logits: Array, logits: Array) -> Array:
+    """Returns ||softmax(target_logits) - softmax(logits)||_1, in [0, 2]."""
+    return jnp.sum(jnp.abs(_probability_difference(target_logits, logits)), axis=-1)
+
+
+def l2_distance(target_logits: Array, logits: Array) -> Array:
+    """Returns ||softmax(target_logits) - softmax(logits)||_2^2, in [0, 2]: squared, hence smooth where the two agree."""
+    return jnp.sum(_probability_difference(target_logits, logits) ** 2, axis=-1)
+
+
+def correct(logits: Array, labels: Array) -> Array:
+    """Returns whether the largest logit is the true class (first index on ties), [batch] bool."""
+    _check(logits, labels)
+    return jnp.argmax(logits, axis=-1) == labels
+
+
+def _at(logits: Array, labels: Array) -> Array:
+    return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+
+def _probability_difference(target_logits: Array, logits: Array) -> Array:
+    chex.assert_rank([target_logits, logits], 2)
+    chex.assert_equal_shape([target_logits, logits])
+    return jax.nn.softmax(target_logits) - jax.nn.softmax(logits)
+
+
+def _check(logits: Array, labels: Array, classes: int = 2) -> None:
+    chex.assert_rank([logits, labels], [2, 1])
+    chex.assert_equal_shape_prefix([logits, labels], 1)
+    chex.assert_axis_dimension_gteq(logits, 1, classes)

@@ -1,0 +1,156 @@
+"""Threat models: the ball that an adversary may move an image in, and the moves inside it.
+
+Follows the L-infinity and L2 threat models of Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial
+Attacks", in pixel units of [0, 1].
+"""
+
+import dataclasses
+import math
+import numbers
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxrd.errors import InputError
+
+Array = jax.Array
+
+# Keeps normalisations by a norm finite where that norm is 0; far below any gradient that still means something.
+_TINY = 1e-12
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ThreatModel:
+    """All images within `epsilon` of the clean one in `norm` that also stay inside `bounds`.
+
+    A pytree whose one leaf is `epsilon`: pass it to a jitted function as an argument, and one compilation serves every radius.
+
+    Attributes:
+      norm: "linf" or "l2".
+      epsilon: radius in pixel units of [0, 1]: above 0, and for "linf" at most 1.
+      bounds: lowest and highest pixel value.
+
+    Raises:
+      InputError: a norm, radius or bounds outside those ranges.
+
+    Example:
+      >>> ThreatModel(norm="linf", epsilon=8 / 255).epsilon
+      0.03137254901960784
+    """
+
+    norm: str = dataclasses.field(default="linf", metadata={"static": True})
+    epsilon: float = 8 / 255
+    bounds: tuple[float, float] = dataclasses.field(default=(0.0, 1.0), metadata={"static": True})
+
+    def __post_init__(self):
+        if self.norm not in ("linf", "l2"):
+            raise InputError(f'threat.norm is "{self.norm}"; use "linf" or "l2"')
+        low, high = self.bounds
+        if not low < high:
+            raise InputError(f"threat.bounds is {self.bounds}; the first must be below the second, such as (0, 1)")
+        # Inside a transformation the radius is traced (or a placeholder of the tree machinery) and has no value to check.
+        if not isinstance(self.epsilon, (numbers.Real, str)):
+            return
+        if isinstance(self.epsilon, str) or not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise InputError(f"threat.epsilon is {self.epsilon!r}; it must be a number above 0, such as 8/255")
+        if self.norm == "linf" and self.epsilon > high - low:
+            raise InputError(
+                f"threat.epsilon is {self.epsilon}, wider than the pixel range {self.bounds}; "
+                "give it in units of [0, 1], for instance 8/255 instead of 8")
+
+    def project(self, images: Array, points: Array) -> Array:
+        """Returns the points pulled back into the ball around `images` and then into the bounds.
+
+        For L2 this is ball, then box, as the attacks in the literature do it: it stays in both (the box contains
+        `images`, so clipping only moves points closer), but is not the nearest point of their intersection.
+
+        Args:
+          images: [batch, ...] float32, the centres, inside the bounds.
+          points: [batch, ...] float32.
+        """
+        if self.norm == "linf":
+            moved = jnp.clip(points, images - self.epsilon, images + self.epsilon)
+        else:
+            delta = points - images
+            length = _per_example_norm(delta)
+            moved = images + delta * jnp.minimum(1.0, self.epsilon / jnp.maximum(length, _TINY))
+        return jnp.clip(moved, *self.bounds)
+
+    def steepest_step(self, gradients: Array, step_size: float) -> Array:
+        """Returns the step of length `step_size` (in the norm) that a linear function gains most from.
+
+        sign(g) for L-infinity, g / ||g||_2 for L2; a zero gradient gives a zero step.
+
+        Args:
+          gradients: [batch, ...] float32.
+          step_size: length in pixel units.
+        """
+        if self.norm == "linf":
+            return step_size * jnp.sign(gradients)
+        return step_size * gradients / jnp.maximum(_per_example_norm(gradients), _TINY)
+
+    def random_start(self, key: Array, images: Array, kind: str = "uniform") -> Array:
+        """Returns the points that an attack starts from, inside the ball and the bounds.
+
+        "uniform": x + U(-epsilon, epsilon) per pixel for L-infinity (Madry et al. 2018); for L2 a Gaussian direction with a
+        length uniform in [0, epsilon] (Rice et al. 2020). "gaussian": x + 0.001 N(0, 1) (TRADES, RSLAD, AdaAD).
+        "none": x itself.
+
+        Args:
+          key: one typed key, whose i-th fold serves example i, or [batch] typed keys.
+          images: [batch, ...] float32.
+          kind: as above.
+
+        Raises:
+          InputError: an unknown kind.
+        """
+        if kind == "none":
+            return images
+        if kind not in ("uniform", "gaussian"):
+            raise InputError(f'attack start is "{kind}"; use "uniform", "gaussian" or "none"')
+
+        def noise(key, shape):
+            if kind == "gaussian":
+                return 0.001 * jax.random.normal(key, shape)
+            if self.norm == "linf":
+                return jax.random.uniform(key, shape, minval=-self.epsilon, maxval=self.epsilon)
+            direction_key, length_key = jax.random.split(key)
+            direction = jax.random.normal(direction_key, shape)
+            length = self.epsilon * jax.random.uniform(length_key)
+            return length * direction / jnp.maximum(jnp.sqrt(jnp.sum(direction**2)), _TINY)
+
+        deltas = jax.vmap(lambda key: noise(key, images.shape[1:]))(example_keys(key, images.shape[0]))
+        return self.project(images, images + deltas)
+
+    def check_step_size(self, step_size: float) -> None:
+        """Raises InputError where a step cannot make sense: 0 or less, or longer than the ball is wide (2 epsilon)."""
+        if not (isinstance(step_size, numbers.Real) and isinstance(self.epsilon, numbers.Real)):
+            return  # traced
+        if not 0 < step_size <= 2 * self.epsilon * (1 + 1e-6):
+            raise InputError(
+                f"attack step_size is {step_size:g} with epsilon {self.epsilon:g}; it must be above 0 and at most "
+                f"2 epsilon = {2 * self.epsilon:g} (were the two swapped?)")
+
+    def distance(self, images: Array, points: Array) -> Array:
+        """Returns ||points - images|| in this norm, [batch]."""
+        delta = jnp.reshape(points - images, (images.shape[0], -1))
+        return jnp.max(jnp.abs(delta), axis=1) if self.norm == "linf" else jnp.sqrt(jnp.sum(delta**2, axis=1))
+
+
+def example_keys(key: Array, batch: int) -> Array:
+    """Returns one typed key per example, [batch].
+
+    One key is folded with each position; [batch] keys pass through. Randomness tied to an example, and not to the shape of
+    the batch it came in, is what makes results independent of batch size, padding and device count.
+    """
+    if key.ndim:
+        chex.assert_shape(key, (batch,))
+        return key
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(batch))
+
+
+def _per_example_norm(x: Array) -> Array:
+    """L2 norm of each example, shaped [batch, 1, ..., 1] to broadcast."""
+    return jnp.sqrt(jnp.sum(x**2, axis=tuple(range(1, x.ndim)), keepdims=True))

@@ -1,0 +1,191 @@
+"""Checkpoints of a run directory: the only file that imports orbax.
+
+One step holds the state, and as metadata the configuration, the model's specification and the validation metrics. Saves are
+asynchronous and atomic: a step appears under its number when it is complete, or not at all. The newest few are kept, and the
+best one by validation PGD accuracy.
+"""
+
+import contextlib
+import pathlib
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from jaxrd import models
+from jaxrd.config import Config
+from jaxrd.errors import InputError
+from jaxrd.training.state import TrainState
+
+BEST_METRIC = "validation/pgd_accuracy"
+
+
+class Checkpoints:
+    """The checkpoints under `workdir/checkpoints`; a context manager that waits for the last save when it closes."""
+
+    def __init__(self, workdir: str | pathlib.Path, *, keep: int | None = None):
+        """Opens them.
+
+        Args:
+          workdir: the run directory.
+          keep: how many of the newest a later `save` leaves, besides the best; None to read only.
+        """
+        policies = ocp.training.preservation_policies
+        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        preserve = policies.PreserveAll() if keep is None else policies.AnyPreservationPolicy([
+            policies.LatestN(keep),
+            policies.BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False),
+        ])
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            # When to save is the loop's decision, which has just validated.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=preserve,
+            cleanup_tmp_directories=keep is not None,  # what a killed save left behind; a reader leaves it to the writer
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._checkpointer.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that can be restored, oldest first."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the highest validation PGD accuracy, the later one on ties; None where nothing is measured."""
+        measured = [(_best_metric(checkpoint.metrics), checkpoint.step) for checkpoint in self._checkpointer.checkpoints
+                    if checkpoint.metrics]
+        return max(measured)[1] if measured else None
+
+    def save(self, step: int, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Starts saving and returns; an earlier save that still runs is waited for.
+
+        Args:
+          step: the number it is saved under.
+          state: may be donated to the next step at once.
+          metadata: what `restore_model` reads: {"config": ..., "model": arguments of `models.create`}.
+          metrics: validation metrics; `BEST_METRIC` among them decides which step is the best.
+        """
+        self._checkpointer.save_checkpointables_async(
+            step, {"state": _as_tree(state)}, metrics=metrics, custom_metadata=metadata, force=True)
+
+    def wait(self) -> None:
+        """Returns when no save is running."""
+        self._checkpointer.wait()
+
+    def restore(self, step: int, state: TrainState) -> TrainState:
+        """Returns the state saved at `step`, placed and typed as `state` is.
+
+        Raises:
+          InputError: the checkpoint is damaged, or holds other leaves, shapes or dtypes than `state`; the first is named.
+        """
+        wanted = _as_tree(state)
+        _compare(self._metadata(step).metadata, wanted, self.directory / str(step))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
+        return TrainState(**self._load(step, abstract))
+
+    def restore_variables(self, step: int) -> tuple[models.Model, dict, dict[str, Any]]:
+        """Returns (model, variables, {"step", "config", "weights"}) of `step`: see `restore_model`."""
+        found = self._metadata(step)
+        tree, custom = found.metadata, found.custom_metadata or {}
+        if "model" not in custom:
+            raise InputError(f"{self.directory / str(step)}: no model specification; this is not a checkpoint of jaxrd")
+        model = models.create(**custom["model"])
+        averaged = bool(tree.get("average"))
+        source = tree["average"] if averaged else tree
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        _compare({name: source.get(name) for name in shapes}, shapes, self.directory / str(step))
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+        restored = self._load(step, {"average": abstract} if averaged else abstract, partial=True)
+        variables = restored["average"] if averaged else restored
+        return model, variables, {
+            "step": step, "config": custom["config"], "weights": "average" if averaged else "newest"}
+
+    def _metadata(self, step: int):
+        with _damage_explained(self.directory / str(step)):
+            return self._checkpointer.metadata(step)
+
+    def _load(self, step: int, abstract: dict, partial: bool = False) -> dict:
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        with _damage_explained(self.directory / str(step)), context:
+            return self._checkpointer.load(step, abstract)
+
+
+def restore_model(workdir: str | pathlib.Path, step: int | str = "last") -> tuple[models.Model, dict, dict[str, Any]]:
+    """Returns the model of a run directory, its variables (the weight average where the run kept one) and their origin.
+
+    Args:
+      workdir: a run directory.
+      step: "last", "best" (by validation PGD accuracy), or a step's number.
+
+    Returns:
+      (model, variables, {"step", "config", "weights"}); `weights` is "average" or "newest".
+
+    Raises:
+      InputError: no such directory, no checkpoint in it, no such step, or a damaged one.
+    """
+    directory = pathlib.Path(workdir).absolute()
+    if not directory.is_dir():
+        raise InputError(f"{workdir}: no such run directory; train it first, or correct the path")
+    if not any(child.name.isdigit() for child in (directory / "checkpoints").glob("*")):
+        raise InputError(f"{workdir}: no finished checkpoint in it; train that run first")
+    with Checkpoints(directory) as checkpoints:
+        steps = checkpoints.steps
+        chosen = {"last": max(steps, default=None), "best": checkpoints.best_step}.get(step, step)
+        if chosen not in steps:
+            raise InputError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+        return checkpoints.restore_variables(chosen)
+
+
+def _best_metric(metrics: dict[str, float]) -> float:
+    return metrics.get(BEST_METRIC, float("-inf"))
+
+
+def _as_tree(state: TrainState) -> dict[str, Any]:
+    return {field: getattr(state, field) for field in state.__dataclass_fields__}
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{dotted path: (shape, dtype)} of every leaf, whatever kind of container holds it; typed keys are left out."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    named = {".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf
+             for path, leaf in leaves}
+    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in named.items() if name != "key"}
+
+
+def _compare(found: Any, wanted: Any, where: pathlib.Path) -> None:
+    """Raises InputError for the first leaf in which a checkpoint differs from what is asked of it.
+
+    Orbax would say so too, in several hundred lines whose cause is the last.
+    """
+    found, wanted = _leaves(found), _leaves(wanted)
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            def say(leaf):
+                return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+            raise InputError(
+                f"{where}: {name} is {say(found.get(name))}, this run needs {say(wanted.get(name))}; "
+                "the checkpoint is of another model or optimiser, use another workdir")
+
+
+@contextlib.contextmanager
+def _damage_explained(where: pathlib.Path):
+    """Turns whatever orbax raises on a file that is cut short or missing into one line."""
+    try:
+        yield
+    except Exception as error:
+        # Orbax wraps the cause several times, and in its own words it is a missing handler.
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:160]
+        raise InputError(
+            f"{where}: this checkpoint is damaged ({type(cause).__name__}: {reason}); "
+            "delete its directory to fall back on an earlier one, or train again") from None

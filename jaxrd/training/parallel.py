@@ -1,0 +1,62 @@
+"""Devices: one mesh with the single axis "data", and how arrays lie on it."""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrd.errors import InputError
+
+
+def data_mesh(devices: list | None = None) -> Mesh:
+    """Returns the mesh over `devices` (all of them by default).
+
+    Auto axes: the compiler shards the program. Explicit axes, the default of `jax.make_mesh`, refuse per-example random
+    augmentation.
+    """
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device: parameters, optimiser state, metrics."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def sharded(mesh: Mesh) -> NamedSharding:
+    """The first axis split over the devices: batches."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
+    """Raises InputError where the devices cannot share a batch equally."""
+    if batch_size % mesh.size:
+        below = batch_size // mesh.size * mesh.size
+        raise InputError(
+            f"{name} is {batch_size}, which {mesh.size} devices cannot share equally; "
+            f"use a multiple of {mesh.size}, such as {max(below, mesh.size)} or {below + mesh.size}")
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns this process's part of a global batch as global arrays split over "data".
+
+    Args:
+      batch: host arrays, each holding the rows [batch / processes, ...] that `local_rows` names.
+    """
+    sharding = sharded(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def local_rows(indices: np.ndarray) -> np.ndarray:
+    """Returns the part of a global batch's indices that this process loads."""
+    return np.array_split(indices, jax.process_count())[jax.process_index()]
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk between runs, under ~/.cache/jaxrd unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxrd" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

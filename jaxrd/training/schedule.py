@@ -1,0 +1,35 @@
+"""Learning-rate schedules and the optimiser, all durations in fractions of training."""
+
+import optax
+
+from jaxrd.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Returns step -> learning rate.
+
+    "step": the papers' schedule, divided by 10 at each milestone (fractions of training; 100 and 150 of 200 epochs are
+    0.5 and 0.75). "cosine": to 0 over training. Either after a linear warm-up from 0 over the first `warmup` of training.
+
+    Args:
+      config: the validated section `optimizer`.
+      steps: length of training.
+    """
+    warmup_steps = round(config.warmup * steps)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup_steps, 1))
+    else:
+        boundaries = {round(fraction * steps) - warmup_steps: 0.1 for fraction in config.milestones}
+        main = optax.piecewise_constant_schedule(config.learning_rate, boundaries)
+    if not warmup_steps:
+        return main
+    warmup = optax.linear_schedule(config.learning_rate / warmup_steps, config.learning_rate, warmup_steps - 1)
+    return optax.join_schedules([warmup, main], [warmup_steps])
+
+
+def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns SGD with momentum and coupled weight decay (added to the gradient, on all parameters), as PyTorch's."""
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(learning_rate(config, steps), momentum=config.momentum, nesterov=config.nesterov),
+    )

@@ -1,0 +1,1 @@
+"""Command lines: `python -m launch.train`, `launch.evaluate`, `launch.benchmark`, from the root of the repository."""

@@ -1,0 +1,224 @@
+"""Sources: what they accept, and that their batches are a pure function of (seed, step)."""
+
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxrd.data import from_arrays, open_arrays, open_dataset
+from jaxrd.data.source import stratified_order
+from jaxrd.errors import InputError
+
+
+def images_of(n, shape=(4, 4, 1), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def source_of(n, classes=3):
+    return from_arrays(images_of(n), np.random.default_rng(1).permutation(np.arange(n) % classes), classes=classes)
+
+
+def assert_input_error(call, *mentions):
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for mention in mentions:
+        assert mention in message, message
+
+
+@pytest.mark.parametrize("n, batch_size", [(12, 4), (10, 4), (7, 7), (5, 13), (1, 3)])
+def test_batches_run_through_one_permutation_per_epoch(n, batch_size):
+    source, epochs = source_of(n), 6
+    steps = -(-epochs * n // batch_size)
+    batches = [source.indices(3, step, batch_size) for step in range(steps)]
+    assert all(batch.shape == (batch_size,) for batch in batches)
+    stream = np.concatenate(batches)[: epochs * n].reshape(epochs, n)
+    assert (np.sort(stream) == np.arange(n)).all()
+    assert (stream[2] == np.random.default_rng([3, 2]).permutation(n)).all()
+    if n > 5:
+        assert len({tuple(epoch) for epoch in stream}) == epochs
+
+
+def test_indices_do_not_depend_on_the_order_of_calls():
+    forward = [source_of(10).indices(0, step, 4) for step in range(40)]
+    source = source_of(10)
+    for step in np.random.default_rng(0).permutation(40):
+        source.indices(9, int(step), 3)
+        indices = source.indices(0, int(step), 4)
+        assert (indices == forward[step]).all()
+        indices[:] = 0  # the caller's copy, not the cached order
+    assert any((forward[step] != source.indices(1, step, 4)).any() for step in range(3))
+
+
+def test_batch_gathers_images_with_their_labels():
+    source = source_of(20)
+    batch = source.batch(np.array([5, 0, 5]))
+    assert (batch["images"] == source.images[[5, 0, 5]]).all() and (batch["labels"] == source.labels[[5, 0, 5]]).all()
+    assert batch["labels"].dtype == np.int32 and batch["images"].dtype == np.uint8
+    assert len(source) == 20 and source.image_shape == (4, 4, 1)
+
+
+@pytest.mark.parametrize("arguments", [(-1, 0, 4), (0, -1, 4), (0, 0, 0), (0, 1.5, 4), (True, 0, 4)])
+def test_indices_reject_bad_arguments(arguments):
+    assert_input_error(lambda: source_of(10).indices(*arguments), "pass an integer")
+
+
+@pytest.mark.parametrize("examples", [4, 10, 23, 60])
+def test_subset_is_balanced_nested_and_seeded(examples):
+    labels = np.repeat(np.arange(4), [3, 30, 40, 50])
+    source = from_arrays(np.arange(123, dtype=np.uint8).reshape(-1, 1, 1, 1), labels)
+    subset = source.subset(examples, seed=5)
+    chosen = subset.images.ravel()
+    assert len(subset) == examples == len(set(chosen)) and subset.classes == 4
+    assert (subset.labels == labels[chosen]).all()
+    counts = np.bincount(subset.labels, minlength=4)
+    plentiful = counts[1:] if counts[0] == 3 else counts
+    assert np.ptp(plentiful) <= 1
+    assert (source.subset(examples, seed=5).images == subset.images).all()
+    assert set(chosen) <= set(source.subset(examples + 20, seed=5).images.ravel())
+    assert set(chosen) != set(source.subset(examples, seed=6).images.ravel())
+
+
+def test_subset_of_everything_is_everything():
+    source = source_of(30)
+    assert (source.subset(30, seed=0).images == source.images).all()
+
+
+@pytest.mark.parametrize("examples, seed", [(31, 0), (2, 0), (0, 0), (3.0, 0), (10, -1)])
+def test_subset_rejects_bad_arguments(examples, seed):
+    assert_input_error(lambda: source_of(30).subset(examples, seed), f"={examples if seed == 0 else seed}")
+
+
+def test_every_prefix_of_a_stratified_order_keeps_the_shares():
+    labels = np.repeat(np.arange(3), [10, 30, 60])
+    order = stratified_order(labels, np.random.default_rng(0).permutation(100))
+    assert (np.sort(order) == np.arange(100)).all()
+    for size in range(1, 101):
+        counts = np.bincount(labels[order[:size]], minlength=3)
+        assert np.abs(counts - size * np.array([0.1, 0.3, 0.6])).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_float_images_become_float32(dtype):
+    images = np.linspace(0, 1, 4 * 8 * 8, dtype=dtype).reshape(4, 8, 8, 1)
+    source = from_arrays(images, [0, 1, 2, 0])
+    assert source.images.dtype == np.float32 and source.labels.dtype == np.int32 and source.classes == 3
+    assert (source.images == images.astype(np.float32)).all()
+
+
+LABELS = np.array([0, 1, 2, 1])
+FLOATS = images_of(4) / 255
+
+
+def with_value(value):
+    images = FLOATS.copy()
+    images[1, 2, 3, 0] = value
+    return images
+
+
+@pytest.mark.parametrize(
+    "images, labels, classes, mentions",
+    [
+        (images_of(4)[..., 0], LABELS, None, ["shape (4, 4, 4)", "images[..., None]"]),
+        (images_of(4)[:0], LABELS[:0], None, ["shape (0, 4, 4, 1)"]),
+        (images_of(4, (3, 32, 32)), LABELS, None, ["channel first", "transpose"]),
+        (images_of(4).astype(np.int64), LABELS, None, ["int64", "uint8"]),
+        (FLOATS * 255, LABELS, None, ["0..255"]),
+        ((FLOATS - 0.5) / 0.25, LABELS, None, ["normalised"]),
+        (with_value(1.00001), LABELS, None, ["clip"]),
+        (with_value(np.nan), LABELS, None, ["finite"]),
+        (with_value(-np.inf), LABELS, None, ["finite"]),
+        (images_of(4), LABELS[:3], None, ["4 images", "3 labels"]),
+        (images_of(4), np.eye(4)[LABELS], None, ["labels have shape (4, 4)"]),
+        (images_of(4), LABELS.astype(np.float32), None, ["float32", "astype"]),
+        (images_of(4), LABELS - 1, None, ["-1", "[0, 2)"]),
+        (images_of(4), LABELS, 2, ["[0, 2)"]),
+        (images_of(4), LABELS, 0, ["classes=0"]),
+    ],
+)
+def test_from_arrays_rejects(images, labels, classes, mentions):
+    assert_input_error(lambda: from_arrays(images, labels, classes=classes, name="mine"), *mentions)
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """Writes train.npz (100 images, 4 classes) and test.npz (20) and returns their paths."""
+    paths = []
+    for name, n in (("train", 100), ("test", 20)):
+        paths.append(str(tmp_path / f"{name}.npz"))
+        np.savez_compressed(paths[-1], images=images_of(n, seed=n), labels=np.arange(n) % 4)
+    return paths
+
+
+def test_open_arrays_splits_a_stratified_validation_part_off(npz):
+    data = open_dataset("ignored", arrays=",".join(npz), validation_fraction=0.2)
+    assert [len(data.train), len(data.validation), len(data.test)] == [80, 20, 20]
+    assert (np.bincount(data.validation.labels) == 5).all()
+    together = np.concatenate([data.train.images, data.validation.images]).reshape(100, -1)
+    assert {tuple(row) for row in together} == {tuple(row) for row in images_of(100, seed=100).reshape(100, -1)}
+    assert (data.test.images == images_of(20, seed=20)).all()
+    assert data.train.classes == data.validation.classes == data.test.classes == 4
+    assert data.validation.name == "arrays/validation"
+    assert (open_arrays(*npz, validation_fraction=0.2).validation.images == data.validation.images).all()
+
+
+def test_open_arrays_takes_the_classes_of_both_parts(npz):
+    np.savez(npz[1], images=images_of(2), labels=[6, 0])
+    assert {open_arrays(*npz).train.classes, open_arrays(*npz).test.classes} == {7}
+
+
+@pytest.mark.parametrize("arrays", ["a.npz", "a.npz,", "a.npz,b.npz,c.npz", ","])
+def test_arrays_must_name_two_files(arrays):
+    assert_input_error(lambda: open_dataset("x", arrays=arrays), "train.npz,test.npz")
+
+
+def test_open_arrays_rejects_bad_files(npz, tmp_path):
+    train, test = npz
+    other = str(tmp_path / "other.npz")
+    assert_input_error(lambda: open_arrays(train, other), other, "no such file")
+    assert_input_error(lambda: open_arrays(str(tmp_path), test), "no such file")
+    np.savez(other, x=images_of(3), y=[0, 1, 2])
+    assert_input_error(lambda: open_arrays(other, test), "['x', 'y']")
+    np.savez(other, images=images_of(3, (8, 8, 1)), labels=[0, 1, 2])
+    assert_input_error(lambda: open_arrays(train, other), "(4, 4, 1)", "(8, 8, 1)")
+    np.savez(other, images=np.array([None, 1], object), labels=[0, 1])
+    assert_input_error(lambda: open_arrays(other, test), other)
+    np.savez(other, images=images_of(1), labels=[0])
+    assert_input_error(lambda: open_arrays(other, test), "none to train on")
+    with open(other, "wb") as file:
+        np.save(file, images_of(3))
+    assert_input_error(lambda: open_arrays(other, test), other)
+    for fraction in (0, 1, -0.1, float("nan")):
+        assert_input_error(lambda: open_arrays(train, test, validation_fraction=fraction), "validation_fraction")
+
+
+def test_damaged_npz_never_escapes_as_another_error(npz, tmp_path):
+    train, test = npz
+    good = pathlib.Path(train).read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = str(tmp_path / "damaged.npz")
+    flips = [good[:i] + bytes([good[i] ^ 0x55]) + good[i + 1 :] for i in rng.integers(0, len(good), 60)]
+    cuts = [good[: int(size)] for size in np.linspace(0, len(good) - 1, 20)]
+    failures = 0
+    for content in itertools.chain(flips, cuts):
+        with open(damaged, "wb") as file:
+            file.write(content)
+        try:
+            open_arrays(damaged, test)
+        except InputError as error:
+            failures += 1
+            assert damaged in str(error) and "\n" not in str(error)
+    assert failures > 60
+
+
+def test_arrays_do_not_import_tfds(npz):
+    code = (
+        "import sys; import jaxrd.data; from jaxrd.data import open_dataset; "
+        f"open_dataset('jaxrd_digits', arrays={','.join(npz)!r}); "
+        "assert not {'tensorflow', 'tensorflow_datasets', 'sklearn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,189 @@
+"""Every model keeps the same promises behind `init` and `apply`, whatever its architecture."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrd import models
+from jaxrd.errors import InputError
+
+SMALL = ["resnet6_w8", "resnet10_w4", "wrn10_1"]
+SHAPE = (8, 8, 1)
+
+
+@functools.cache
+def small(name, **options):
+    """A small model, variables with statistics that are not the initial ones, and its compiled apply."""
+    model = models.create(name, classes=5, image_shape=SHAPE, **options)
+    apply = jax.jit(model.apply, static_argnums=2)
+    variables = model.init(jax.random.key(0))
+    _, batch_stats = apply(variables, images(16, seed=1), True)
+    return model, {"params": variables["params"], "batch_stats": batch_stats}, apply
+
+
+def images(batch, seed=0, shape=SHAPE):
+    return jax.random.uniform(jax.random.key(seed), (batch, *shape))
+
+
+@pytest.mark.parametrize("name, classes, image_shape, count", [
+    ("resnet18", 10, (32, 32, 3), 11_173_962),
+    ("resnet18", 100, (32, 32, 3), 11_220_132),
+    ("resnet18", 200, (64, 64, 3), 11_271_432),
+    ("resnet34", 10, (32, 32, 3), 21_282_122),
+    ("resnet50", 10, (32, 32, 3), 23_520_842),
+    ("wrn28_10", 10, (32, 32, 3), 36_479_194),
+    ("wrn34_10", 10, (32, 32, 3), 46_160_474),
+    ("wrn34_10", 100, (32, 32, 3), 46_218_164),
+    ("wrn34_20", 10, (32, 32, 3), 184_531_674),
+    ("resnet6_w32", 10, (8, 8, 1), 77_290),
+])
+def test_parameter_counts_are_the_published_ones(name, classes, image_shape, count):
+    model = models.create(name, classes=classes, image_shape=image_shape)
+    assert models.parameter_count(jax.eval_shape(model.init, jax.random.key(0))) == count
+
+
+def test_a_width_of_64_is_the_full_size():
+    shapes = [jax.eval_shape(models.create(name, classes=10).init, jax.random.key(0)) for name in ("resnet18", "resnet18_w64")]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet8_w8", "wrn34_10"])
+@pytest.mark.parametrize("image_shape", [(32, 32, 3), (64, 64, 3), (8, 8, 1), (28, 20, 1)])
+def test_every_image_size_gives_one_row_of_logits_per_image(name, image_shape):
+    model = models.create(name, classes=7, image_shape=image_shape)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    batch = jax.ShapeDtypeStruct((3, *image_shape), jnp.float32)
+    for train in (False, True):
+        logits, batch_stats = jax.eval_shape(functools.partial(model.apply, train=train), variables, batch)
+        assert logits.shape == (3, 7) and logits.dtype == jnp.float32
+        assert batch_stats == variables["batch_stats"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_eval_mode_sees_each_image_alone_and_leaves_the_statistics(name):
+    model, variables, apply = small(name)
+    batch = images(6)
+    logits, batch_stats = apply(variables, batch, False)
+    chex.assert_trees_all_equal(batch_stats, variables["batch_stats"])
+    assert np.ptp(logits, axis=0).min() > 0
+    others = batch.at[1:].set(1 - batch[1:])
+    np.testing.assert_allclose(apply(variables, others, False)[0][0], logits[0], atol=1e-5)
+    np.testing.assert_allclose(models.logits_fn(model, variables)(batch), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_train_mode_normalises_by_the_batch_and_moves_every_statistic(name):
+    _, variables, apply = small(name)
+    batch = images(6)
+    logits, batch_stats = apply(variables, batch, True)
+    unchanged = jax.tree.map(lambda old, new: bool(jnp.all(old == new)), variables["batch_stats"], batch_stats)
+    assert not any(jax.tree.leaves(unchanged))
+    other_logits, _ = apply(variables, batch.at[1:].set(0.5 * batch[1:]), True)
+    assert jnp.abs(other_logits[0] - logits[0]).max() > 1e-3
+    # The running statistics are not read in train mode.
+    doubled = {**variables, "batch_stats": jax.tree.map(lambda x: 2 * x + 1, variables["batch_stats"])}
+    chex.assert_trees_all_equal(apply(doubled, batch, True)[0], logits)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_computes_like_float32_and_keeps_float32_state(name):
+    _, variables, apply = small(name)
+    model, _, apply_bfloat16 = small(name, dtype="bfloat16")
+    chex.assert_trees_all_equal(model.init(jax.random.key(3)), small(name)[0].init(jax.random.key(3)))
+    for train in (False, True):
+        exact, _ = apply(variables, images(6), train)
+        logits, batch_stats = apply_bfloat16(variables, images(6), train)
+        assert logits.dtype == jnp.float32
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((model.init(jax.random.key(0)), batch_stats)))
+        np.testing.assert_allclose(logits, exact, atol=0.1 * float(jnp.abs(exact).max()))
+        assert jnp.any(logits != exact)
+
+
+def test_normalisation_inside_equals_normalisation_outside():
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+    plain = models.create("resnet6_w8", classes=5, image_shape=(8, 8, 3))
+    normalising = models.create("resnet6_w8", classes=5, image_shape=(8, 8, 3), mean=mean, std=std)
+    variables = plain.init(jax.random.key(0))
+    batch = images(4, shape=(8, 8, 3))
+    outside = (batch - np.array(mean, np.float32)) / np.array(std, np.float32)
+    for train in (False, True):
+        expected, _ = plain.apply(variables, outside, train)
+        np.testing.assert_allclose(normalising.apply(variables, batch, train)[0], expected, atol=1e-5)
+    assert jnp.abs(plain.apply(variables, batch, False)[0] - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["resnet6_w8", "wrn10_1"])
+def test_init_is_a_pure_function_of_the_key(name):
+    model = small(name)[0]
+    again = models.create(name, classes=5, image_shape=SHAPE)
+    first = model.init(jax.random.key(7))
+    chex.assert_trees_all_equal(first, jax.jit(again.init)(jax.random.key(7)))
+    other = model.init(jax.random.key(8))
+    assert jnp.any(first["params"]["conv1"]["kernel"] != other["params"]["conv1"]["kernel"])
+    blocks = [first["params"][name]["conv2"]["kernel"] for name in first["params"] if name.startswith(("layer", "block"))]
+    assert len({float(kernel.ravel()[0]) for kernel in blocks}) == len(blocks), "two layers share their random numbers"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients_reach_every_parameter_and_the_image(name):
+    _, variables, apply = small(name)
+
+    def loss(params, batch):
+        return jnp.sum(apply({**variables, "params": params}, batch, False)[0] ** 2)
+
+    gradients = jax.grad(loss, argnums=(0, 1))(variables["params"], images(4))
+    assert all(jnp.any(leaf != 0) and jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("name, way_out", [
+    ("resnt18", 'did you mean "resnet18"'),
+    ("ResNet-18", 'did you mean "resnet18"'),
+    ("resnet6", 'did you mean "resnet6_w8"'),
+    ("resnet18_w0", "Names: resnet18"),
+    ("wrn-34-10", 'did you mean "wrn34_10"'),
+    ("wrn35_10", 'did you mean "wrn34_10"'),
+    ("wrn4_2", 'did you mean "wrn10_2"'),
+    ("transformer", "Names: resnet18"),
+    (None, "Names: resnet18"),
+])
+def test_an_unknown_name_is_one_line_with_the_way_out(name, way_out):
+    with pytest.raises(InputError) as error:
+        models.create(name, classes=10)
+    assert f'"{name}"' in str(error.value) and way_out in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options, named", [
+    (dict(classes=1), "classes is 1"),
+    (dict(classes=10.0), "classes is 10.0"),
+    (dict(image_shape=(32, 32)), "(32, 32)"),
+    (dict(image_shape=(32, 0, 3)), "(32, 0, 3)"),
+    (dict(dtype="float16"), "'float16'"),
+    (dict(mean=(0.5, 0.5, 0.5)), "give both"),
+    (dict(mean=(0.5,), std=(0.2,)), "3 image channels"),
+    (dict(mean=(125.3, 123.0, 113.9), std=(0.2, 0.2, 0.2)), "units of [0, 1]"),
+    (dict(mean=(0.5, 0.5, 0.5), std=(0.2, 0.0, 0.2)), "above 0"),
+])
+def test_a_bad_option_names_its_value(options, named):
+    with pytest.raises(InputError) as error:
+        models.create("resnet6_w8", **{"classes": 10, **options})
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 16, 1), (4, 8, 8, 3), (8, 8, 1), (4, 1, 8, 8)])
+@pytest.mark.parametrize("train", [False, True])
+def test_images_of_another_shape_are_refused_with_both_shapes(shape, train):
+    model, variables, apply = small("resnet6_w8")
+    for function in (model.apply, apply):
+        with pytest.raises(InputError) as error:
+            function(variables, jnp.zeros(shape), train)
+        assert str(list(shape)) in str(error.value) and "[batch, 8, 8, 1]" in str(error.value)
+
+
+def test_integer_images_are_refused():
+    model, variables, _ = small("resnet6_w8")
+    with pytest.raises(InputError, match="uint8.*images / 255"):
+        model.apply(variables, jnp.zeros((2, *SHAPE), jnp.uint8), False)
