@@ -111,17 +111,20 @@ class ThreatModel:
         if kind not in ("uniform", "gaussian"):
             raise InputError(f'attack start is "{kind}"; use "uniform", "gaussian" or "none"')
 
-        def noise(key, shape):
+        size = math.prod(images.shape[1:])
+
+        # Drawn flat: the same numbers as in the image's shape, and several times faster to compile on CPU.
+        def noise(key):
             if kind == "gaussian":
-                return 0.001 * jax.random.normal(key, shape)
+                return 0.001 * jax.random.normal(key, (size,))
             if self.norm == "linf":
-                return jax.random.uniform(key, shape, minval=-self.epsilon, maxval=self.epsilon)
+                return self.epsilon * jax.random.uniform(key, (size,), minval=-1.0, maxval=1.0)
             direction_key, length_key = jax.random.split(key)
-            direction = jax.random.normal(direction_key, shape)
+            direction = jax.random.normal(direction_key, (size,))
             length = self.epsilon * jax.random.uniform(length_key)
             return length * direction / jnp.maximum(jnp.sqrt(jnp.sum(direction**2)), _TINY)
 
-        deltas = jax.vmap(lambda key: noise(key, images.shape[1:]))(example_keys(key, images.shape[0]))
+        deltas = jax.vmap(noise)(example_keys(key, images.shape[0])).reshape(images.shape)
         return self.project(images, images + deltas)
 
     def check_step_size(self, step_size: float) -> None:

@@ -110,8 +110,8 @@ def robust_accuracy(rows: Sequence[Line], narrow: bool = False) -> Figure | None
                        curve.get("attack", ""))
                 panel = panels.setdefault(key, {"series": {}, "trained": set()})
                 panel["series"].setdefault(row, []).append(dict(zip(curve["epsilon"], curve["accuracy"])))
-                threat = run.config.get("threat", {})
-                if threat.get("norm") == key[1] and isinstance(threat.get("epsilon"), (int, float)):
+                threat = run.config.get("threat") or {}
+                if threat.get("norm") == key[1] and _number(threat.get("epsilon")):
                     panel["trained"].add(float(threat["epsilon"]))
     if not panels:
         return None
@@ -121,15 +121,17 @@ def robust_accuracy(rows: Sequence[Line], narrow: bool = False) -> Figure | None
     for axis, ((data, norm, attack), panel) in zip(axes, panels.items()):
         for epsilon in sorted(panel["trained"]):
             axis.axvline(epsilon, color=_SOFT, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-            axis.annotate(f"training ε = {epsilon_text(epsilon)}", (epsilon, 100), xytext=(4, -1), va="top",
-                          textcoords="offset points", color=_SOFT, fontsize=8.5)
+            left = epsilon > 0.75 * max(x for series in panel["series"].values() for points in series for x in points)
+            axis.annotate(f"training ε = {epsilon_text(epsilon)}", (epsilon, 100), xytext=(-4 if left else 4, -1),
+                          textcoords="offset points", ha="right" if left else "left", va="top", color=_SOFT,
+                          fontsize=8.5)
         for row, series in panel["series"].items():
             _draw(axis, row, series, percent=True, marker="o")
         _tidy(axis, f"Accuracy under {attack_name(attack)}, %" + (f": {data}" if len(panels) > 1 else ""))
         axis.set_xlabel(f"ε of the attack ({norm_name(norm)})")
         axis.set_ylim(0, 101)
         axis.set_xlim(left=0)
-    _legend(figure, [row for row in rows if any(row in panel["series"] for panel in panels.values())], narrow)
+    _legend(figure, [row for row in rows if any(row in panel["series"] for panel in panels.values())])
     return figure
 
 
@@ -168,7 +170,7 @@ def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None
         elif axis.dataLim.ymin >= 0:
             axis.set_ylim(bottom=0)
         axis.set_xlim(left=0)
-    _legend(figure, [row for row in rows if any(run.metrics for run in row.runs)], narrow)
+    _legend(figure, [row for row in rows if any(run.metrics for run in row.runs)])
     return figure
 
 
@@ -198,36 +200,39 @@ def gallery(arrays: dict, threat: dict, narrow: bool = False, most: int = 10) ->
     blocks = math.ceil(count / columns)
     low, high = threat.get("bounds") or (0.0, 1.0)
     scale = gallery_scale(arrays, threat)
-    # The left margin holds the row labels; the bottom of each cell, a line of text.
-    side, margin = (0.76, 0.42) if narrow else (0.88, 1.0)
-    side = min(side, 1.25 if narrow else 8.8 / max(columns, 6))
-    figure = Figure(figsize=(margin + columns * side, blocks * (3 * side + 0.62)), facecolor="white")
-    grid = figure.add_gridspec(3 * blocks, columns, left=margin / figure.get_figwidth(), right=0.995, wspace=0.08,
-                               hspace=0.3, top=1 - 0.26 / figure.get_figheight(), bottom=0.24 / figure.get_figheight())
+    # In inches: an image, the space at the left for row labels, and the tops of the three rows within a block.
+    side, margin = (0.76, 0.34) if narrow else (min(0.88, 8.8 / max(columns, 6)), 1.0)
+    tops = (0.24, 0.24 + side + 0.25, 0.24 + 2 * side + 0.35)
+    block_height = tops[2] + side + 0.34
+    width, height = margin + columns * (side + 0.07), blocks * block_height
+    figure = Figure(figsize=(width, height), facecolor="white")
     for index in range(count):
         block, column = divmod(index, columns)
         clean, adversarial = arrays["images"][index], arrays["adversarial"][index]
         label = arrays["labels"][index]
         for place, pixels in enumerate((clean, adversarial - clean, adversarial)):
-            axis = figure.add_subplot(grid[3 * block + place, column])
-            if place == 1:
+            bottom = height - block * block_height - tops[place] - side
+            left = margin + column * (side + 0.07)
+            axis = figure.add_axes((left / width, bottom / height, side / width, side / height))
+            if place == 1 and pixels.shape[-1] == 1:
+                # Wider than the scale: the ends of the colour map are nearly black.
+                _show(axis, pixels, "RdBu_r", -1.3 * scale, 1.3 * scale)
+            elif place == 1:
                 # Colour images keep their channels, each around mid-grey: a colour map would need their mean.
-                _show(axis, pixels if pixels.shape[-1] == 1 else 0.5 + pixels / (2 * scale), "RdBu_r",
-                      *((-scale, scale) if pixels.shape[-1] == 1 else (0.0, 1.0)))
+                _show(axis, 0.5 + pixels / (2 * scale), None, 0.0, 1.0)
             else:
                 prediction = arrays["clean_prediction" if place == 0 else "adversarial_prediction"][index]
-                colour = RIGHT if prediction == label else WRONG
+                colour, mark = (RIGHT, "✓") if prediction == label else (WRONG, "✗")
                 _show(axis, pixels, "gray", low, high)
-                axis.set_xlabel(f"{prediction} {'✓' if prediction == label else '✗'}", color=colour, fontsize=9,
-                                labelpad=3)
+                axis.set_xlabel(f"{prediction} {mark}", color=colour, fontsize=9, labelpad=3)
                 for spine in axis.spines.values():
-                    spine.set(visible=True, color=colour, linewidth=2.0)
+                    spine.set(color=colour, linewidth=2.0)
             if place == 0:
-                axis.set_title(f"label {label}", fontsize=8.5, color=_SOFT, loc="center", fontweight="normal", pad=4)
+                axis.set_title(f"label {label}", fontsize=8.5, color=_SOFT, pad=4)
             if column == 0:
-                axis.set_ylabel(("clean", "perturbation", "adversarial")[place], fontsize=7.5 if narrow else 9,
-                                color=_INK, rotation=90 if narrow else 0, ha="center" if narrow else "right",
-                                va="bottom" if narrow else "center", labelpad=4 if narrow else 8)
+                axis.set_ylabel(("clean", "perturbation", "adversarial")[place], color=_INK, **(
+                    {"fontsize": 7.5, "labelpad": 4} if narrow else
+                    {"fontsize": 9, "labelpad": 9, "rotation": 0, "ha": "right", "va": "center"}))
     return figure
 
 
@@ -281,13 +286,16 @@ def _tidy(axis, title):
     axis.locator_params(axis="both", nbins=6)
 
 
-def _legend(figure, rows, narrow):
+def _legend(figure, rows):
     if len(rows) < 2:
         return
     handles = [Line2D([], [], color=row.colour, linestyle=row.style, linewidth=2) for row in rows]
-    columns = 2 if narrow else len(rows) if len(rows) < 7 else 4
-    figure.legend(handles, [row.label for row in rows], loc="outside upper left", ncols=columns, frameon=False, fontsize=9,
-                  handlelength=2.2, columnspacing=1.6, borderaxespad=0.2)
+    # In inches, about: a character at this size, and the sample line with its space.
+    entries = [0.65 + 0.065 * len(row.label) for row in rows]
+    width = figure.get_figwidth()
+    columns = len(rows) if sum(entries) <= width else max(1, int(width / max(entries)))
+    figure.legend(handles, [row.label for row in rows], loc="outside upper left", ncols=columns, frameon=False,
+                  fontsize=9, handlelength=2.2, columnspacing=1.6, borderaxespad=0.2)
 
 
 def _show(axis, pixels, colours, low, high):

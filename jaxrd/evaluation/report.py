@@ -152,6 +152,7 @@ def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = 
     members = [[by_directory[workdir] for workdir in group["workdirs"]] for group in groups]
     lines = plots.lines([(group["label"], group["method"], group["role"] == "teacher", tuple(part))
                          for group, part in zip(groups, members)])
+    chosen, left_out = _choose_galleries(groups, members)
     folder = path.parent / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     if title is None:
@@ -161,17 +162,18 @@ def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = 
 
     sections = [_section("Results", _results(groups, lines, runs))]
     several = any(group["seeds"] > 1 for group in groups)
+    loss_note = "Losses of different methods sum different terms, so their heights are not comparable."
     curve_note = "Means over seeds; bands are one standard deviation. " if several else ""
     for name, heading, draw, note in (
             ("robust_accuracy", "Accuracy against the attack’s radius", plots.robust_accuracy,
              curve_note + "The vertical line is the radius of the attack in training."),
             ("training_curves", "Training", plots.training_curves,
-             curve_note + "Losses of different methods sum different terms, so their heights are not comparable.")):
+             curve_note + (loss_note if len({group["method"] for group in groups}) > 1 else ""))):
         wide = draw(lines)
         if wide is not None:
             narrow = draw(lines, narrow=True)
             sections.append(_section(heading, _figure(folder / f"{name}.png", wide, narrow, heading, note)))
-    sections += [_section("Adversarial images", _galleries(groups, members, folder)),
+    sections += [_section("Adversarial images", _galleries(chosen, left_out, folder)),
                  _section("Definitions", _definitions(groups, runs)),
                  _section("Settings", _every_run(runs) + _configuration(runs))]
     versions = sorted({str(run.evaluation["jaxrd"]) for run in runs if "jaxrd" in run.evaluation})
@@ -202,6 +204,7 @@ def _read(workdir):
     again = f"run python -m launch.evaluate --workdir={workdir} again"
     if (workdir / "evaluation.json").is_file():
         evaluation = _json(workdir / "evaluation.json", again)
+        evaluation = {name: value for name, value in evaluation.items() if value is not None}
         _check(evaluation, workdir / "evaluation.json", again)
     metrics = []
     if (workdir / "metrics.jsonl").is_file():
@@ -235,7 +238,8 @@ def _check(evaluation, path, way_out):
     for name, value in named:
         if not (_is_number(value) and 0 <= value <= 1):
             raise InputError(f"{path}: accuracy {name} is {_short(value)}, outside [0, 1]; {way_out}")
-    for value in [*radii, *(value for name, value in evaluation.get("alignment", {}).items() if name in _ALIGNMENT)]:
+    numbers = [*radii, *(value for name, value in evaluation.get("alignment", {}).items() if name in _ALIGNMENT)]
+    for value in numbers + [evaluation["threat"].get("epsilon")] * ("threat" in evaluation):
         if not (_is_number(value) and math.isfinite(value)):
             raise InputError(f"{path}: {_short(value)} stands where a finite number belongs; {way_out}")
 
@@ -243,7 +247,7 @@ def _check(evaluation, path, way_out):
 def _read_gallery(run):
     path = run.workdir / "evaluation" / "gallery.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _GALLERY_ARRAYS}
             arrays["attack"] = str(file["attack"]) if "attack" in file else ""
         count = {len(arrays[name]) for name in _GALLERY_ARRAYS}
@@ -252,7 +256,7 @@ def _read_gallery(run):
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
                          f"run python -m launch.evaluate --workdir={run.workdir} again") from None
-    return arrays if len(arrays["images"]) else None
+    return arrays
 
 
 # Rows
@@ -334,12 +338,16 @@ def _variant(group, twins):
 
 
 def _label(group, groups):
+    """Returns the row's name in plots: its method, and as much else as tells it from the other rows."""
     peers = [other for other in groups if (other["role"], other["method"]) == (group["role"], group["method"])]
-    label = group["method"] + (f" [{group['variant']}]" if group["variant"] else "")
-    for key, text in (("student", group["student"]), ("data", group["data"]),
-                      ("train_examples", f"{_images(group)} images"), ("norm", plots.norm_name(group["norm"])), ("epsilon", f"ε {_epsilon(group)}")):
-        if len({str(other[key]) for other in peers}) > 1:
-            label += f", {text}"
+    label = group["method"]
+    for key, text in (("variant", f"[{group['variant']}]"), ("train_examples", f"{_images(group)} images"),
+                      ("student", group["student"]), ("data", group["data"]), ("norm", plots.norm_name(group["norm"])),
+                      ("epsilon", f"ε {_epsilon(group)}")):
+        same = [other for other in peers if other[key] == group[key]]
+        if len(same) < len(peers) and (key != "variant" or group["variant"]):
+            label += f" {text}" if key == "variant" else f", {text}"
+            peers = same
     return label + (" (teacher)" if group["role"] == "teacher" else "")
 
 
@@ -388,7 +396,11 @@ def _text_table(groups):
 
 
 def _images(group):
-    return "all" if group["train_examples"] is None else f"{group['train_examples']:,}"
+    return "all" if group["train_examples"] is None else _count(group["train_examples"])
+
+
+def _count(value):
+    return f"{value:,}" if _is_number(value) else str(value)
 
 
 def _epsilon(group):
@@ -417,19 +429,23 @@ def _statement(groups, runs):
     students = [group for group in groups if group["role"] == "student"] or groups
     teachers = [group for group in groups if group["role"] == "teacher" and group not in students]
     methods = _distinct(group["method"] for group in students)
-    models = _distinct(group["student"] + (f" ({group['parameters']:,} parameters)" if group["parameters"] else "")
-                       for group in students)
+    sizes = {group["student"]: f" ({_count(group['parameters'])} parameters)"
+             for group in students if group["parameters"]}
+    models = _distinct(group["student"] + sizes.get(group["student"], "") for group in students)
     data = _listed(_distinct(group["data"] for group in groups))
     named = _listed(f"<code>{escape(method)}</code>" for method in methods)
-    count = "One method" if len(methods) == 1 else f"{len(methods)} methods"
-    text = [f"{count} of training {escape(_listed(models))} on {escape(data)}: {named}."]
+    if len(methods) == 1:
+        text = [f"{escape(_listed(models))}, trained with {named} on {escape(data)}."]
+    else:
+        text = [f"{len(methods)} methods of training {escape(_listed(models))} on {escape(data)}: {named}."]
     if any(group["values"] for group in groups):
         parts = [run.evaluation.get("data", {}) for run in runs]
         measured = _distinct(f"{part['examples']:,} {part.get('split', '')} images" for part in parts
                              if _is_number(part.get("examples")))
         threats = _distinct(f"ε = {_epsilon(group)} in {plots.norm_name(group['norm'])}" for group in groups)
-        text.append(f"Accuracy is measured {'on ' + escape(_listed(measured)) + ', ' if measured else ''}unchanged and under "
-                    f"attacks within {escape(_listed(threats))} (pixels in [0, 1]).")
+        images = f"on {escape(_listed(measured))}, " if measured else ""
+        text.append(f"Accuracy is measured {images}unchanged and under attacks within "
+                    f"{escape(_listed(threats))} (pixels in [0, 1]).")
     own = _distinct(_images(group) for group in students)
     if teachers:
         seen = _distinct(_images(group) for group in teachers)
@@ -452,8 +468,9 @@ def _statement(groups, runs):
 
 def _results(groups, lines, runs):
     columns = _columns(groups)
-    meanings = {"method": "name of the method in the configuration", "train_examples": "images the model was trained on",
-                "seeds": "evaluated runs that differ only in their seed", "clean": "accuracy on unchanged images, percent"}
+    meanings = {"method": "name of the method in the configuration", "train_examples": "images it was trained on",
+                "seeds": "evaluated runs that differ only in their seed",
+                "clean": "accuracy in percent on unchanged images"}
     for run in runs:
         for name, attack in run.evaluation.get("attacks", {}).items():
             if isinstance(attack, dict) and attack.get("description"):
@@ -503,7 +520,9 @@ def _differences(groups):
                 cells.append("-")
                 continue
             difference = group["values"][key]["mean"] - bases[0]["values"][key]["mean"]
-            cells.append(f"{difference:+.3f}" if key in _ALIGNMENT else f"{100 * difference:+.1f}")
+            factor, decimals = (1, 3) if key in _ALIGNMENT else (100, 1)
+            # Adding 0.0 turns a rounded -0.0 into 0.0.
+            cells.append(f"{round(factor * difference, decimals) + 0.0:+.{decimals}f}")
         body.append([escape(f"{group['label']} − {bases[0]['label']}"), *(cell.replace("-", "−") for cell in cells)])
     if not body:
         return ""
@@ -512,20 +531,23 @@ def _differences(groups):
     return f'<h3>What the added module changes</h3>{_html_table(header, body, 1)}<p class="note">{note}</p>'
 
 
-def _galleries(groups, members, folder):
+def _choose_galleries(groups, members):
+    """Returns (row, run, arrays) of each row's first run with a gallery, students first, and the number left out."""
     chosen = []
     for group, runs in sorted(zip(groups, members), key=lambda pair: pair[0]["role"] == "teacher"):
         run = next((run for run in runs if (run.workdir / "evaluation" / "gallery.npz").is_file()), None)
         if run is not None:
             chosen.append((group, run))
-    left_out = len(chosen) - _GALLERIES
+    read = [(group, run, _read_gallery(run)) for group, run in chosen[:_GALLERIES]]
+    return [entry for entry in read if len(entry[2]["images"])], len(chosen) - len(read)
+
+
+def _galleries(chosen, left_out, folder):
     html = []
     used = set()
-    for group, run in chosen[:_GALLERIES]:
-        arrays = _read_gallery(run)
-        if arrays is None:
-            continue
-        threat = run.evaluation.get("threat") or {"norm": group["norm"], "epsilon": group["epsilon"] or 0.0}
+    for group, run, arrays in chosen:
+        threat = {"norm": group["norm"], "epsilon": group["epsilon"] if _is_number(group["epsilon"]) else 0.0}
+        threat |= run.evaluation.get("threat", {})
         name = re.sub(r"[^\w.+-]+", "_", run.workdir.resolve().name)
         while name in used:
             name += "_"
@@ -536,13 +558,14 @@ def _galleries(groups, members, folder):
         attack = plots.attack_name(arrays["attack"]) if arrays["attack"] else "Adversarial images"
         seed = run.config.get("seed")
         radius = f"ε = {plots.epsilon_text(threat['epsilon'])} in {plots.norm_name(threat['norm'])}"
-        note = (f"{attack}, {radius}. Below each image stands the prediction: ✓ right, ✗ wrong. Perturbation: {colours}.")
+        note = f"{attack}, {radius}. Below each image stands the prediction: ✓ right, ✗ wrong. Perturbation: {colours}."
         html.append(f"<h3>{escape(group['label'] + ('' if seed is None else f', seed {seed}'))}</h3>")
         wide, narrow = (plots.gallery(arrays, threat, narrow=narrow) for narrow in (False, True))
         html.append(_figure(folder / f"gallery_{name}.png", wide, narrow,
                             f"Clean images, perturbations and adversarial images of {group['label']}", note))
-    if left_out > 0:
-        html.append(f'<p class="note">Images of {left_out} more {"row" if left_out == 1 else "rows"} are not shown.</p>')
+    if left_out:
+        rows = "row" if left_out == 1 else "rows"
+        html.append(f'<p class="note">Images of {left_out} more {rows} are not shown.</p>')
     return "\n".join(html)
 
 
@@ -698,7 +721,7 @@ details { border-top: 1px solid var(--line); padding: 12px 0; }
 summary { cursor: pointer; font-weight: 600; }
 details > :not(summary) { margin-top: 12px; }
 details table { font-size: 0.8125rem; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; overflow-x: auto; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; overflow: auto; }
 footer { margin-top: 44px; color: var(--soft); font-size: 0.8125rem; }
 @media (max-width: 640px) {
   main { padding: 30px 16px 48px; } h1 { font-size: 1.5rem; } p.lead { font-size: 1rem; } h2 { margin-top: 40px; }

@@ -31,15 +31,15 @@ def normalize_images(images: Array, mean: Sequence[float] | None, std: Sequence[
 def batch_norm(train: bool, dtype: jnp.dtype, name: str) -> nn.BatchNorm:
     """Returns the BatchNorm layer that every model uses: (x - mean) / sqrt(var + 1e-5) * scale + bias, per channel.
 
-    With `train` the mean and variance are those of the batch, and running <- 0.9 running + 0.1 batch (PyTorch's momentum 0.1);
-    without it they are the running ones. The running variance takes the biased batch variance (sum / n), where PyTorch takes
-    the unbiased one (sum / (n - 1)): a factor of 1 + 1/(n - 1) with n = batch * height * width, which evaluation does not see.
+    With `train` the mean and variance are those of the batch, and running <- 0.9 running + 0.1 batch (PyTorch's
+    momentum 0.1); without it they are the running ones. The running variance takes the biased batch variance (sum / n),
+    where PyTorch's takes the unbiased one (sum / (n - 1)), with n = batch * height * width.
 
     Args:
       train: normalise by the batch and update the running statistics.
       dtype: of the returned activations; scale, bias and all statistics are float32.
       name: of the layer in the parameter tree.
     """
-    # The fast variance E[x^2] - E[x]^2 cancels catastrophically in float32: N(1e4, 1) comes out with a variance of 0 or 16.
+    # The fast variance E[x^2] - E[x]^2 cancels catastrophically in float32: that of N(1e4, 1) comes out as 0 or 16.
     return nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)

@@ -1,7 +1,7 @@
-"""ResNets for small images: He et al. 2016, "Deep Residual Learning for Image Recognition", with a 3x3 stem and no max-pool.
+"""ResNets for small images: He et al. 2016, "Deep Residual Learning for Image Recognition".
 
-This is the layout that the robust-distillation papers call ResNet-18, so that weights can move between their files and this
-module: the same layers, padding and initial distributions as their PyTorch code.
+They have a 3x3 stem and no max-pool: what the robust-distillation papers call ResNet-18. Layers, padding and initial
+distributions are those of their PyTorch code, so that weights can move between its files and this module.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,14 +33,20 @@ def torch_uniform(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float
 def draw_flat(distribution: Callable, key: Array, shape: Sequence[int], dtype: jnp.dtype) -> Array:
     """Returns distribution(key, shape, dtype), drawn as a vector and reshaped.
 
-    The numbers are the same, but XLA on CPU compiles a draw in four dimensions about fifteen times slower than a flat one,
-    and a model has many.
+    The numbers are the same, but XLA on CPU takes about ten times as long to compile a draw in four dimensions as a
+    flat one, and a model has many.
     """
     return distribution(key, (math.prod(shape),), dtype).reshape(shape)
 
 
 def convolution(
-        features: int, size: int, stride: int, dtype: jnp.dtype, name: str, kernel_init: Callable = torch_uniform) -> nn.Conv:
+        features: int,
+        size: int,
+        stride: int,
+        dtype: jnp.dtype,
+        name: str,
+        kernel_init: Callable = torch_uniform,
+) -> nn.Conv:
     """Returns a bias-free convolution, size x size with size odd, that pads size // 2 on all four sides.
 
     Flax's "SAME" pads a convolution of stride 2 on the right and the bottom only: another network than PyTorch's.

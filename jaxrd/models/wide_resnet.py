@@ -1,6 +1,7 @@
 """Wide ResNets: Zagoruyko and Komodakis 2016, "Wide Residual Networks", in the form that TRADES and RobustBench use.
 
-ReLU, pre-activation, no dropout (Zhang et al. 2019, "Theoretically Principled Trade-off between Robustness and Accuracy").
+That is ReLU, pre-activation and no dropout: Zhang et al. 2019, "Theoretically Principled Trade-off between Robustness
+and Accuracy".
 """
 
 from collections.abc import Sequence
@@ -31,8 +32,7 @@ def he_normal_fan_out(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.f
 class WideBlock(nn.Module):
     """shortcut + conv3x3(relu(bn(conv3x3(relu(bn(x)))))).
 
-    The shortcut is x itself, or conv1x1(relu(bn(x))) where the number of channels changes: it then starts from the activated
-    input, unlike the published pre-activation ResNet of He et al. 2016.
+    The shortcut is x itself, or conv1x1(relu(bn(x))), from the activated input, where the number of channels changes.
 
     Attributes:
       features: channels that come out.
@@ -50,15 +50,15 @@ class WideBlock(nn.Module):
         out = convolution(self.features, 3, self.stride, self.dtype, "conv1", he_normal_fan_out)(activated)
         out = nn.relu(batch_norm(train, self.dtype, "bn2")(out))
         out = convolution(self.features, 3, 1, self.dtype, "conv2", he_normal_fan_out)(out)
-        if x.shape[-1] == self.features:
-            return x + out
-        return convolution(self.features, 1, self.stride, self.dtype, "shortcut_conv", he_normal_fan_out)(activated) + out
+        if x.shape[-1] != self.features:
+            x = convolution(self.features, 1, self.stride, self.dtype, "shortcut_conv", he_normal_fan_out)(activated)
+        return x + out
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width: 3x3 stem of 16, three groups of (depth - 4) / 6 blocks, BN-ReLU, global average pool, linear layer.
+    """WRN-depth-width: 3x3 stem, three groups of (depth - 4) / 6 blocks, BN-ReLU, global average pool, linear layer.
 
-    The groups have 16, 32 and 64 times `width` channels and strides 1, 2 and 2.
+    The stem has 16 channels, the groups 16, 32 and 64 times `width`, with strides 1, 2 and 2.
 
     Attributes:
       depth: number of convolutions along the main path and the linear layer: 10, 16, 22, 28, 34, ...
@@ -78,7 +78,8 @@ class WideResNet(nn.Module):
         for group in range(3):
             for index in range((self.depth - 4) // 6):
                 stride = 2 if group > 0 and index == 0 else 1
-                x = WideBlock(16 * self.width * 2**group, stride, self.dtype, name=f"block{group + 1}_{index}")(x, train)
+                features = 16 * self.width * 2**group
+                x = WideBlock(features, stride, self.dtype, name=f"block{group + 1}_{index}")(x, train)
         x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return nn.Dense(self.classes, kernel_init=torch_uniform, dtype=jnp.float32, name="fc")(x)

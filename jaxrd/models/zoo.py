@@ -40,9 +40,9 @@ class Model:
       image_shape: (height, width, channels) of one image.
       init: init(key) -> variables {"params": ..., "batch_stats": ...}, all float32.
       apply: apply(variables, images, train) -> (logits [batch, classes] float32, new batch_stats), for images
-        [batch, height, width, channels] float in [0, 1]. `train` is a Python bool: True normalises by the batch and returns
-        updated statistics, False normalises by the running statistics and returns them unchanged. Raises InputError where
-        the images have another shape or are integers.
+        [batch, height, width, channels] float in [0, 1]. `train` is a Python bool: True normalises by the batch and
+        returns updated statistics, False normalises by the running statistics and returns them unchanged. Raises
+        InputError where the images have another shape or are integers.
       specification: the arguments of `create` as JSON can hold them: `create(**specification)` is this model again.
     """
 
@@ -65,17 +65,17 @@ def create(
 ) -> Model:
     """Returns the model of that name.
 
-    Names: "resnet18", "resnet34" and "resnet50" (He et al. 2016, the CIFAR layout); "resnet{depth}_w{width}", the same with
-    `width` instead of 64 channels in the first stage, and also with depth 6, 8 or 10: one block in each of 2, 3 or 4 stages;
-    "wrn{depth}_{width}" (Zagoruyko and Komodakis 2016, as in TRADES), depth 6n + 4. Any image size will do: the last layer
-    pools over all of it.
+    Names: "resnet18", "resnet34" and "resnet50" (He et al. 2016, the CIFAR layout); "resnet{depth}_w{width}", the same
+    with `width` instead of 64 channels in the first stage, and also with depth 6, 8 or 10: one block in each of 2, 3 or
+    4 stages; "wrn{depth}_{width}" (Zagoruyko and Komodakis 2016, as in TRADES), depth 6n + 4. Any image size will do:
+    the last layer pools over all of it.
 
     Args:
       name: as above.
       classes: number of logits, at least 2.
       image_shape: (height, width, channels).
-      dtype: "float32" or "bfloat16": what the layers before the pool compute in. Parameters, statistics, pool, linear layer
-        and logits are float32 either way.
+      dtype: "float32" or "bfloat16": what the layers before the pool compute in. Parameters, statistics, pool, linear
+        layer and logits are float32 either way.
       mean: per channel, subtracted from the images inside the model; None with `std` None: images stay in [0, 1].
       std: per channel, above 0; the images are divided by it.
 
@@ -161,7 +161,7 @@ def _module(name: str, classes: int, dtype: jnp.dtype) -> nn.Module:
         if depth >= 10 and depth % 6 == 4:
             return WideResNet(depth, width, classes, dtype)
         nearest = max(10, 6 * round((depth - 4) / 6) + 4)
-        raise InputError(f'model name is "{name}"; a wide ResNet has depth 6n + 4: did you mean "wrn{nearest}_{width}"?')
+        raise InputError(f'model name is "{name}"; a wide ResNet is 6n + 4 deep: did you mean "wrn{nearest}_{width}"?')
     close = difflib.get_close_matches(str(name).lower().replace("-", "_"), _EXAMPLES, n=1)
     suggestion = f'did you mean "{close[0]}"? ' if close else ""
     raise InputError(f'model name is "{name}", which is not known; {suggestion}Names: {_FORMS}')
@@ -175,7 +175,7 @@ def _checked_statistics(mean, std, channels: int):
         raise InputError(f"model mean is {mean} and std is {std}; give both, or neither to leave images in [0, 1]")
     mean, std = tuple(float(value) for value in mean), tuple(float(value) for value in std)
     if not len(mean) == len(std) == channels:
-        raise InputError(f"model mean {mean} and std {std} must have one value for each of the {channels} image channels")
+        raise InputError(f"model mean {mean} and std {std} must have one value per channel of the images: {channels}")
     if not all(0 <= value <= 1 for value in mean):
         raise InputError(f"model mean is {mean}; give it in units of [0, 1], for instance 125.3 / 255 instead of 125.3")
     if not all(0 < value <= 1 for value in std):
@@ -184,7 +184,7 @@ def _checked_statistics(mean, std, channels: int):
 
 
 def _check_images(images: Array, name: str, image_shape: tuple[int, int, int]) -> None:
-    """Raises InputError where a batch has the wrong shape or holds integers; reads no values, so it is free under jit."""
+    """Raises InputError where a batch has the wrong shape or holds integers; it reads no values: free under jit."""
     if images.ndim != 4 or images.shape[1:] != image_shape:
         expected = ", ".join(map(str, image_shape))
         raise InputError(

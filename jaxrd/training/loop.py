@@ -6,19 +6,16 @@ attacks are functions of (seed, step) alone, and the rest is in the state.
 """
 
 import json
-import os
 import pathlib
 import platform
 import signal
 import subprocess
-import sys
 import threading
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import jaxrd
 from jaxrd import data, models
@@ -28,6 +25,7 @@ from jaxrd.distillation import InnerMaximisation
 from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
 from jaxrd.training import checkpoint, parallel, schedule, state as states
+from jaxrd.training.log import Log, write_json
 from jaxrd.training.step import Recipe, make_train_step
 
 VALIDATION_ATTACK = "pgd10"
@@ -92,13 +90,16 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
             step += 1
             if not log.compiled:
                 jax.block_until_ready(metrics)
-                log.note_compilation(time.perf_counter() - began)
+                log.note_compilation(step, time.perf_counter() - began)
+            if mesh.size > 1 and jax.default_backend() == "cpu":
+                # XLA's in-process collectives deadlock where several steps are in flight on fake devices.
+                jax.block_until_ready(metrics)
             pending.append(metrics)
             log.advance(step)
             last, due = step == steps, step % checkpoint_every == 0
             if step % config.training.log_every == 0 or due or last or stop.requested:
                 train_metrics = _mean_metrics(pending, step, config, checkpoints)
-                log.train(step, train_metrics, len(pending) * batch_size, float(learning_rate(step - 1)))
+                log.train(step, train_metrics, float(learning_rate(step - 1)))
                 pending = []
             if due or last:
                 validation = validate(recipe.student, state.variables, dataset.validation, recipe.inner.threat, mesh)
@@ -181,8 +182,8 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
         raise InputError(f"{workdir} holds checkpoints but no config.json; choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        _write_json(path, new)
-        _write_json(workdir / "environment.json", environment())
+        write_json(path, new)
+        write_json(workdir / "environment.json", environment())
 
 
 def environment() -> dict[str, Any]:
@@ -201,88 +202,6 @@ def environment() -> dict[str, Any]:
         "devices": [str(device.device_kind) for device in jax.devices()], "processes": jax.process_count(),
         "git_commit": commit or None,
     }
-
-
-class Log:
-    """metrics.jsonl and the console: one line per entry, and a progress bar where there is a terminal."""
-
-    def __init__(self, workdir: pathlib.Path, config: Config, steps: int, *, resumed_at: int):
-        self.workdir, self.steps, self.compiled = workdir, steps, False
-        self._main = jax.process_index() == 0
-        self._term_names = None
-        self._validation: dict[str, float] = {}
-        path = workdir / "metrics.jsonl"
-        kept = [entry for entry in read_metrics(path) if entry["step"] <= resumed_at]
-        self._seconds_before = max((entry.get("seconds", 0.0) for entry in kept), default=0.0)
-        if self._main:
-            _write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self._file = open(path, "a") if self._main else None
-        self._began = self._interval_began = time.perf_counter()
-        self._bar = tqdm(total=steps, initial=resumed_at, unit="step", leave=False, disable=not sys.stderr.isatty())
-        self.say(
-            f"{workdir}: {config.build_method().name}, {config.student}, seed {config.seed}, "
-            + (f"resumed after step {resumed_at} of {steps}" if resumed_at else f"{steps} steps")
-            + f" on {len(jax.devices())} {jax.default_backend()} device(s)")
-
-    def close(self) -> None:
-        self._bar.close()
-        if self._file:
-            self._file.close()
-
-    def say(self, line: str) -> None:
-        if self._main:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-    def advance(self, step: int) -> None:
-        self._bar.update(step - self._bar.n)
-
-    def note_compilation(self, seconds: float) -> None:
-        self.compiled = True
-        self._interval_began = time.perf_counter()
-        self.say(f"compiled the train step in {seconds:.1f} s")
-
-    def train(self, step: int, metrics: dict[str, float], images: int, learning_rate: float) -> None:
-        """Writes the means since the last entry."""
-        now = time.perf_counter()
-        speed = images / max(now - self._interval_began, 1e-9)
-        images_left = (self.steps - step) * images / max(step - getattr(self, "_last_step", 0), 1)
-        self._last_step = step
-        seconds = self._seconds_before + now - self._began
-        self._write({"step": step, "seconds": round(seconds, 3), **{f"train/{k}": v for k, v in metrics.items()},
-                     "learning_rate": learning_rate, "images_per_second": round(speed, 1)})
-        terms = [f"{name} {value:.3f}" for name, value in metrics.items()
-                 if not name.startswith("accuracy/") and name not in ("loss", "gradient_norm")]
-        accuracy = [f"{name.removeprefix('accuracy/')} {value:.1%}" for name, value in metrics.items()
-                    if name.startswith("accuracy/")]
-        if "accuracy/clean" not in metrics and self._validation:
-            accuracy.append(f"clean {self._validation['validation/clean_accuracy']:.1%} (validation)")
-        self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {metrics['loss']:.4f} ({', '.join(terms)})  "
-                 f"{', '.join(accuracy)}  {speed:,.0f} images/s  ETA {_duration(images_left / speed)}")
-        self._interval_began = time.perf_counter()
-
-    def validation(self, step: int, metrics: dict[str, float]) -> None:
-        self._validation = metrics
-        self._write({"step": step, **metrics})
-        self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  validation: "
-                 f"clean {metrics['validation/clean_accuracy']:.1%}, PGD-10 {metrics['validation/pgd_accuracy']:.1%}")
-        self._interval_began = time.perf_counter()
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        if self._file:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
-
-
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the entries of a metrics.jsonl; a line that a kill cut short is left out."""
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return entries
 
 
 def _mean_metrics(pending: list[dict], step: int, config: Config, checkpoints) -> dict[str, float]:
@@ -318,20 +237,3 @@ class _StopSignal:
 
     def _request(self, number, _):
         self.requested = signal.Signals(number).name
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that a kill leaves either old or new, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -55,7 +55,8 @@ class TorchForward:
                     out = self.batch_norm(out, block, f"bn{layer}")
                     out = torch.relu(out) if layer < len(strides) else out
                 if "shortcut_conv" in self.params[block]:
-                    x = self.batch_norm(self.convolution(x, block, "shortcut_conv", stride=stride), block, "shortcut_bn")
+                    x = self.convolution(x, block, "shortcut_conv", stride=stride)
+                    x = self.batch_norm(x, block, "shortcut_bn")
                 x = torch.relu(out + x)
         return self.pool_and_classify(x, "linear")
 
@@ -104,8 +105,8 @@ def test_logits_and_statistics_are_those_of_torch(name, train):
     expected = CASES[name](torch_side, torch.tensor(images.transpose(0, 3, 1, 2).copy())).numpy()
     assert np.abs(expected).max() > 0.1 and np.ptp(expected, axis=0).min() > 10 * TOLERANCE
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
-    layers = {path for path in torch_side.statistics}
-    assert layers == {tuple(part.key for part in path[:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(batch_stats)}
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(batch_stats)]
+    assert set(torch_side.statistics) == {tuple(part.key for part in path[:-1]) for path in paths}
     for path, statistics in torch_side.statistics.items():
         for kind in ("mean", "var"):
             np.testing.assert_allclose(_at(batch_stats, path)[kind], statistics[kind], rtol=1e-5, atol=TOLERANCE)
@@ -129,7 +130,7 @@ def _functions(name, image_shape):
 
 
 def _random_batch_norm(variables):
-    """Returns the variables with random scales, biases, means and variances: at their initial 0 and 1 mistakes are invisible."""
+    """Returns the variables with a random BatchNorm: at its initial zeros and ones mistakes are invisible."""
     draw = np.random.default_rng(1)
     ranges = {"scale": (0.5, 1.5), "bias": (-0.5, 0.5), "mean": (-0.5, 0.5), "var": (0.5, 1.5)}
 

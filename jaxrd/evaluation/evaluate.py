@@ -1,0 +1,126 @@
+"""The evaluation of one run directory: attacks, gradient alignment, a gallery, and evaluation.json, which holds them all."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import jaxrd
+from jaxrd import models
+from jaxrd.config import Config
+from jaxrd.data.source import Source
+from jaxrd.errors import InputError
+from jaxrd.evaluation import robustness
+from jaxrd.training import checkpoint, loop
+from jaxrd.training.log import write_json
+
+_GALLERY_ATTACK = "pgd20"
+_GALLERY_IMAGES = 10
+_CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # in units of the run's epsilon
+
+
+def evaluate(
+    workdir: str | pathlib.Path,
+    attacks: str | list[str] = "clean,fgsm,pgd20,cw30,strong",
+    *,
+    step: str | int = "last",
+    split: str = "test",
+    seed: int = 0,
+    batch_size: int = 256,
+    devices: list | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Evaluates a run's checkpoint, writes evaluation.json and evaluation/gallery.npz, and returns what the former holds.
+
+    Args:
+      workdir: a run directory with a finished checkpoint.
+      attacks: names in `robustness.PROTOCOLS`, comma-separated or a list.
+      step: "last" (the papers' protocol), "best" by validation PGD accuracy, or a step's number.
+      split: "test", or "validation" while choosing anything.
+      seed: of the random starts.
+      batch_size: images per batch, at most.
+      devices: devices that share each batch; all by default.
+      say: is given one line per attack.
+
+    Raises:
+      InputError: an unknown attack or split; a run, checkpoint, data set or teacher that is missing or does not fit.
+    """
+    workdir = pathlib.Path(workdir)
+    chosen = robustness.protocols(attacks)
+    if split not in ("test", "validation"):
+        raise InputError(f'split is "{split}"; use "test" or "validation"')
+    mesh = loop.parallel.data_mesh(devices)
+    model, variables, origin = checkpoint.restore_model(workdir, step)
+    config = Config.from_dict(origin["config"])
+    dataset, train_source = loop.open_data(config)
+    source: Source = getattr(dataset, split)
+    if (source.classes, source.image_shape) != (model.classes, model.image_shape):
+        raise InputError(
+            f"{workdir}: its model takes images {model.image_shape} of {model.classes} classes, {source.name} has "
+            f"{source.image_shape} of {source.classes}; evaluate it on the data it was trained on")
+    threat = config.threat.build()
+    shared = {"mesh": mesh, "seed": seed, "batch_size": batch_size}
+
+    results = {}
+    for name, protocol in chosen.items():
+        results[name] = robustness.run_attack(model, variables, source, protocol, threat, **shared)
+        say(f"{workdir}: {name} {results[name].accuracy:.1%} of {len(source)} {split} images "
+            f"({results[name].seconds:.1f} s)")
+    record = {
+        "jaxrd": jaxrd.__version__,
+        "run": {
+            "workdir": str(workdir), "method": config.build_method().name, "student": config.student,
+            "parameters": models.parameter_count(variables), "teacher": config.teacher, "seed": config.seed,
+            "step": origin["step"], "checkpoint": str(step), "weights": origin["weights"]},
+        "data": {"name": source.name.split("/")[0], "split": split, "examples": len(source),
+                 "train_examples": len(train_source)},
+        "threat": {"norm": threat.norm, "epsilon": threat.epsilon, "bounds": list(threat.bounds)},
+        "accuracy": {name: result.accuracy for name, result in results.items()},
+        "attacks": {name: _definition(protocol, threat.epsilon) for name, protocol in chosen.items()},
+    }
+    if config.teacher:
+        teacher, teacher_variables, _ = checkpoint.restore_model(config.teacher)
+        loop.check_teacher(config.teacher, teacher, model)
+        record["alignment"] = robustness.gradient_alignment(
+            model, variables, teacher, teacher_variables, source, mesh=mesh, batch_size=batch_size)
+    radii = [fraction * threat.epsilon for fraction in _CURVE]
+    if threat.norm == "linf":
+        radii = [radius for radius in radii if radius <= 1]
+    record["robustness_curve"] = robustness.robustness_curve(
+        model, variables, source, threat, radii, name=_GALLERY_ATTACK, **shared)
+    record["seconds"] = {name: round(result.seconds, 3) for name, result in results.items()}
+    _write_gallery(workdir, model, variables, source, threat, results.get(_GALLERY_ATTACK), shared)
+    write_json(workdir / "evaluation.json", record)
+    return record
+
+
+def _definition(protocol: robustness.Protocol, epsilon: float) -> dict[str, Any]:
+    """What an attack was, in words and numbers, for the result file."""
+    if not protocol.runs:
+        return {"description": protocol.description}
+    return {
+        "objective": " and ".join(protocol.objectives), "steps": protocol.steps,
+        "step_size": protocol.relative_step * epsilon, "start": protocol.start, "restarts": protocol.restarts,
+        "description": protocol.description}
+
+
+def _write_gallery(workdir, model, variables, source, threat, result, shared) -> None:
+    """Keeps one image per class (up to ten) with its adversarial twin and the predictions for both."""
+    _, rows = np.unique(source.labels, return_index=True)
+    rows = np.sort(rows[:_GALLERY_IMAGES])
+    picked = Source(source.images[rows], source.labels[rows], source.classes, source.name)
+    images = picked.batch(np.arange(len(rows)))["images"]
+    images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
+    if result is None:
+        result = robustness.run_attack(
+            model, variables, picked, robustness.PROTOCOLS[_GALLERY_ATTACK], threat, **shared)
+        adversarial = result.images
+    else:
+        adversarial = result.images[rows]
+    (workdir / "evaluation").mkdir(exist_ok=True)
+    np.savez_compressed(
+        workdir / "evaluation" / "gallery.npz", images=images, adversarial=adversarial, labels=picked.labels,
+        clean_prediction=robustness.predictions(model, variables, images),
+        adversarial_prediction=robustness.predictions(model, variables, adversarial), attack=_GALLERY_ATTACK)

@@ -1,0 +1,117 @@
+"""What a run says: metrics.jsonl, one console line per entry, and a progress bar where there is a terminal."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+
+class Log:
+    """metrics.jsonl and the console: one line per entry, and a progress bar where there is a terminal."""
+
+    def __init__(self, workdir: pathlib.Path, config: Config, steps: int, *, resumed_at: int):
+        self.workdir, self.compiled = workdir, False
+        self._steps, self._batch_size = steps, config.training.batch_size
+        self._main = jax.process_index() == 0
+        self._validation: dict[str, float] = {}
+        path = workdir / "metrics.jsonl"
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= resumed_at]
+        self._seconds_before = max((entry.get("seconds", 0.0) for entry in kept), default=0.0)
+        if self._main:
+            write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._file = open(path, "a") if self._main else None
+        self._began = time.perf_counter()
+        self._begin_interval(resumed_at)
+        self._bar = tqdm(total=steps, initial=resumed_at, unit="step", leave=False, disable=not sys.stderr.isatty())
+        self.say(
+            f"{workdir}: {config.build_method().name}, {config.student}, seed {config.seed}, "
+            + (f"resumed after step {resumed_at} of {steps}" if resumed_at else f"{steps} steps")
+            + f" on {len(jax.devices())} {jax.default_backend()} device(s)")
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._file:
+            self._file.close()
+
+    def say(self, line: str) -> None:
+        if self._main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)
+
+    def note_compilation(self, step: int, seconds: float) -> None:
+        self.compiled = True
+        self._begin_interval(step)
+        self.say(f"compiled the train step in {seconds:.1f} s")
+
+    def train(self, step: int, metrics: dict[str, float], learning_rate: float) -> None:
+        """Writes the metrics' means since the last entry, and the speed since then without validation and compilation."""
+        now = time.perf_counter()
+        steps_per_second = (step - self._interval_step) / max(now - self._interval_began, 1e-9)
+        speed = self._batch_size * steps_per_second
+        eta = _duration((self._steps - step) / steps_per_second) if steps_per_second else "unknown"
+        self._write({"step": step, "seconds": round(self._seconds_before + now - self._began, 3),
+                     **{f"train/{name}": value for name, value in metrics.items()},
+                     "learning_rate": learning_rate, "images_per_second": round(speed, 1)})
+        terms = [f"{name} {value:.3f}" for name, value in metrics.items()
+                 if not name.startswith("accuracy/") and name not in ("loss", "gradient_norm")]
+        accuracy = [f"{name.removeprefix('accuracy/')} {value:.1%}" for name, value in metrics.items()
+                    if name.startswith("accuracy/")]
+        if "accuracy/clean" not in metrics and self._validation:
+            accuracy.append(f"clean {self._validation['validation/clean_accuracy']:.1%} (validation)")
+        self.say(f"{self._position(step)}  loss {metrics['loss']:.4f} ({', '.join(terms)})  {', '.join(accuracy)}  "
+                 f"{speed:,.0f} images/s  ETA {eta}")
+        self._begin_interval(step)
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        self._validation = metrics
+        self._write({"step": step, **metrics})
+        self.say(f"{self._position(step)}  validation: clean {metrics['validation/clean_accuracy']:.1%}, "
+                 f"PGD-10 {metrics['validation/pgd_accuracy']:.1%}")
+        self._begin_interval(step)
+
+    def _begin_interval(self, step: int) -> None:
+        self._interval_step, self._interval_began = step, time.perf_counter()
+
+    def _position(self, step: int) -> str:
+        return f"step {step:>{len(str(self._steps))}}/{self._steps}"
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self._file:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the entries of a metrics.jsonl; a line that a kill cut short is left out."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file that a kill leaves either old or new, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
