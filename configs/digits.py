@@ -11,7 +11,7 @@ distillation has something to give here: the teacher knows more than the student
 
 from jaxrd.config import (
     AttackConfig, Config, DataConfig, MethodConfig, OptimizerConfig, ThreatConfig, TrainingConfig, config_dict_of,
-    parse_argument)
+    override, parse_argument)
 
 TEACHER = "runs/teacher"
 
@@ -19,7 +19,7 @@ TEACHER = "runs/teacher"
 def get_config(argument: str = ""):
     preset, overrides = parse_argument(argument, default="ard+igdm")
     teacher = preset == "teacher"
-    config = config_dict_of(Config(
+    return override(config_dict_of(Config(
         # The sum of the distillation terms is weighted as the batch mean, 1, and not by the published 0.1: with 0.1 the same
         # alpha lets IGDM drown the base loss.
         method=MethodConfig(name="pgd_at" if teacher else preset, rslad_scale=1.0),
@@ -30,11 +30,4 @@ def get_config(argument: str = ""):
         attack=AttackConfig(steps=10, step_size=0.05),
         optimizer=OptimizerConfig(learning_rate=0.1, nesterov=True, schedule="cosine", warmup=0.1),
         training=TrainingConfig(steps=500, weight_average=0.99, checkpoint_every=100),
-    ))
-    for field, value in overrides.items():
-        *sections, last = field.split(".")
-        section = config
-        for name in sections:
-            section = section[name]
-        section[last] = value
-    return config
+    )), overrides)

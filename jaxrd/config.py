@@ -168,6 +168,16 @@ def parse_argument(argument: str, *, default: str) -> tuple[str, dict[str, str]]
     return name, overrides
 
 
+def override(config: config_dict.ConfigDict, overrides: Mapping[str, Any]) -> config_dict.ConfigDict:
+    """Sets dotted fields of a ConfigDict, as `parse_argument` split them off, and returns it; InputError for unknown ones."""
+    for path, value in overrides.items():
+        if wrong := unknown_field(path):
+            raise InputError(wrong)
+        *sections, name = path.split(".")
+        functools.reduce(lambda section, part: section[part], sections, config)[name] = value
+    return config
+
+
 def describe(config: Config) -> str:
     """Returns every field with its value and meaning, one per line."""
     lines = []

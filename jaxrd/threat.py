@@ -16,7 +16,7 @@ from jaxrd.errors import InputError
 
 Array = jax.Array
 
-# Keeps normalisations by a norm finite where that norm is 0; far below any gradient that still means something.
+# Keeps divisions by the length of a perturbation finite where that length is 0; far below any that still means something.
 _TINY = 1e-12
 
 
@@ -81,7 +81,8 @@ class ThreatModel:
     def steepest_step(self, gradients: Array, step_size: float) -> Array:
         """Returns the step of length `step_size` (in the norm) that a linear function gains most from.
 
-        sign(g) for L-infinity, g / ||g||_2 for L2; a zero gradient gives a zero step.
+        sign(g) for L-infinity, g / ||g||_2 for L2; a zero gradient gives a zero step, and however small another is, its step
+        has the full length.
 
         Args:
           gradients: [batch, ...] float32.
@@ -89,7 +90,10 @@ class ThreatModel:
         """
         if self.norm == "linf":
             return step_size * jnp.sign(gradients)
-        return step_size * gradients / jnp.maximum(_per_example_norm(gradients), _TINY)
+        # The gradients of a confident model fall below 1e-20, where their squares underflow: measured by the largest first.
+        largest = jnp.max(jnp.abs(gradients), axis=tuple(range(1, gradients.ndim)), keepdims=True)
+        scaled = gradients / jnp.where(largest > 0, largest, 1.0)
+        return step_size * scaled / jnp.maximum(_per_example_norm(scaled), 1.0)  # the norm is below 1 only where it is 0
 
     def random_start(self, key: Array, images: Array, kind: str = "uniform") -> Array:
         """Returns the points that an attack starts from, inside the ball and the bounds.
@@ -147,7 +151,12 @@ def example_keys(key: Array, batch: int) -> Array:
 
     One key is folded with each position; [batch] keys pass through. Randomness tied to an example, and not to the shape of
     the batch it came in, is what makes results independent of batch size, padding and device count.
+
+    Raises:
+      InputError: a raw key, an array of uint32.
     """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise InputError(f"key is a raw {key.dtype} array; make a typed one, such as jax.random.key(0)")
     if key.ndim:
         chex.assert_shape(key, (batch,))
         return key

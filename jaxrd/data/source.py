@@ -5,19 +5,15 @@ run and any number of processes see the same batches.
 """
 
 import dataclasses
-import difflib
 import functools
 import os
-import pathlib
-import re
 
 import numpy as np
 
+from jaxrd.data import tfds_reader
 from jaxrd.errors import InputError
 
-DIGITS = "jaxrd_digits"
 _VALIDATION_SEED = 0
-_READ_CHUNK = 1000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -229,16 +225,9 @@ def open_tfds(name: str, *, directory: str | os.PathLike | None = None, validati
       InputError: if the data set is unknown, not prepared, damaged, or holds something else than labelled images.
     """
     _check_fraction(validation_fraction)
-    import tensorflow_datasets as tfds
-
-    root = pathlib.Path(directory if directory is not None else tfds.core.constants.DATA_DIR).expanduser()
-    if name == DIGITS:
-        from jaxrd.data import digits
-
-        path = digits.prepare(root)
-    else:
-        path = _find_prepared(name, root)
-    return _data_set(name, _read_tfds(name, path), validation_fraction)
+    splits = {split: from_arrays(images, labels, classes=classes, name=f"{name}/{split}")
+              for split, images, labels, classes in tfds_reader.read(name, directory)}
+    return _data_set(name, splits, validation_fraction)
 
 
 @functools.lru_cache(maxsize=4)
@@ -311,84 +300,7 @@ def _read_npz(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
             if "images" in keys and "labels" in keys:
                 return archive["images"], archive["labels"]
     except Exception as error:  # zipfile, zlib and numpy raise a dozen unrelated types on damaged bytes
-        message = f"{os.fspath(path)}: cannot be read as .npz ({_one_line(error)}): write it again with np.savez"
+        reason = tfds_reader.one_line(error)
+        message = f"{os.fspath(path)}: cannot be read as .npz ({reason}): write it again with np.savez"
         raise InputError(message) from error
     raise InputError(f"{os.fspath(path)}: holds the keys {keys}: write it with np.savez(path, images=..., labels=...)")
-
-
-def _find_prepared(name: str, root: pathlib.Path) -> pathlib.Path:
-    """Finds a prepared data set by its files alone: the code of its builder might ask the network."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import read_only_builder
-
-    instead = "--config.data.arrays=train.npz,test.npz"
-    if not re.fullmatch(r"[a-zA-Z]\w*(/[\w.-]+)?(:[\w.*]+)?", name):
-        raise InputError(f"data set {name!r} is no TFDS name: pass one such as 'cifar10' or 'imagenet_resized/32x32'")
-    try:
-        return pathlib.Path(read_only_builder.builder_from_files(name, data_dir=os.fspath(root)).data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        known = [DIGITS, *tfds.list_builders(with_community_datasets=False)]
-        base = re.split("[/:]", name)[0]
-        if base in known or (root / base).is_dir():
-            prepare = f"run python -m launch.prepare --dataset={name} once (TFDS with file_format='array_record')"
-            message = f"data set {name!r} is not prepared in {root}: {prepare}, or pass {instead}"
-        else:
-            guess = difflib.get_close_matches(base, known, n=1)
-            hint = f"did you mean {guess[0]!r}? Otherwise pass" if guess else "pass a TFDS name or"
-            message = f"data set {name!r} is unknown to TFDS and not prepared in {root}: {hint} {instead}"
-        raise InputError(message) from error
-    except Exception as error:
-        raise _damaged(root / re.split("[/:]", name)[0], error) from error
-
-
-def _read_tfds(name: str, path: pathlib.Path) -> dict[str, Source]:
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder_from_directory(path)
-        features = dict(builder.info.features)
-        sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
-        formats = [file_format.value for file_format in builder.info.available_file_formats()]
-    except Exception as error:
-        raise _damaged(path, error) from error
-    if "array_record" not in formats:
-        raise InputError(f"data set {name!r} in {path} is stored as {formats}: prepare it as array_record elsewhere")
-    if not {"train", "test"} <= set(sizes):
-        raise InputError(f"data set {name!r} has the splits {list(sizes)}, not 'train' and 'test': pass another one")
-    if not {"image", "label"} <= set(features):
-        raise InputError(f"data set {name!r} has the features {list(features)}, not 'image' and 'label': pass another")
-    image_shape, label_shape = features["image"].shape, features["label"].shape
-    if len(image_shape) != 3 or None in image_shape or label_shape != ():
-        raise InputError(
-            f"data set {name!r} has images {image_shape} and labels {label_shape}: bring them to one image size and "
-            "one label each, and pass --config.data.arrays=train.npz,test.npz"
-        )
-    classes = getattr(features["label"], "num_classes", None)
-    sources = {}
-    for split in [split for split in ("train", "validation", "test") if split in sizes]:
-        try:
-            images, labels = _read_records(builder.as_data_source(split), sizes[split], image_shape)
-        except Exception as error:
-            raise _damaged(path, error) from error
-        sources[split] = from_arrays(images, labels, classes=classes, name=f"{name}/{split}")
-    return sources
-
-
-def _read_records(records, size: int, image_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    # A file cut in the right place looks like a shorter one.
-    if len(records) != size:
-        raise EOFError(f"{len(records)} of {size} examples are there")
-    images, labels = np.empty((size, *image_shape), records[0]["image"].dtype), np.empty(size, np.int64)
-    for start in range(0, size, _READ_CHUNK):
-        chunk = records.__getitems__(list(range(start, min(start + _READ_CHUNK, size))))
-        for index, record in enumerate(chunk, start):
-            images[index], labels[index] = record["image"], record["label"]
-    return images, labels
-
-
-def _damaged(path: pathlib.Path, error: Exception) -> InputError:
-    return InputError(f"{path}: cannot be read ({_one_line(error)}): delete this directory and prepare the data again")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

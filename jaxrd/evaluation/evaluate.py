@@ -81,7 +81,8 @@ def evaluate(
         "attacks": {name: _definition(protocol, threat.epsilon) for name, protocol in chosen.items()},
     }
     if config.teacher:
-        teacher, teacher_variables, _ = checkpoint.restore_model(config.teacher)
+        teacher, teacher_variables, _ = checkpoint.restore_model(
+            config.teacher, "last" if origin["teacher_step"] is None else origin["teacher_step"])
         loop.check_teacher(config.teacher, teacher, model)
         record["alignment"] = robustness.gradient_alignment(
             model, variables, teacher, teacher_variables, source, mesh=mesh, batch_size=batch_size)

@@ -68,7 +68,8 @@ class Checkpoints:
         Args:
           step: the number it is saved under.
           state: may be donated to the next step at once.
-          metadata: what `restore_model` reads: {"config": ..., "model": arguments of `models.create`}.
+          metadata: what `restore_model` reads: {"config": ..., "model": arguments of `models.create`,
+            "teacher_step": of the run's teacher, or None}.
           metrics: validation metrics; `BEST_METRIC` among them decides which step is the best.
         """
         self._checkpointer.save_checkpointables_async(
@@ -90,7 +91,7 @@ class Checkpoints:
         return TrainState(**self._load(step, abstract))
 
     def restore_variables(self, step: int) -> tuple[models.Model, dict, dict[str, Any]]:
-        """Returns (model, variables, {"step", "config", "weights"}) of `step`: see `restore_model`."""
+        """Returns (model, variables, origin) of `step`: see `restore_model`."""
         found = self._metadata(step)
         tree, custom = found.metadata, found.custom_metadata or {}
         if "model" not in custom:
@@ -105,7 +106,8 @@ class Checkpoints:
         restored = self._load(step, {"average": abstract} if averaged else abstract, partial=True)
         variables = restored["average"] if averaged else restored
         return model, variables, {
-            "step": step, "config": custom["config"], "weights": "average" if averaged else "newest"}
+            "step": step, "config": custom["config"], "teacher_step": custom.get("teacher_step"),
+            "weights": "average" if averaged else "newest"}
 
     def _metadata(self, step: int):
         with _damage_explained(self.directory / str(step)):
@@ -126,22 +128,44 @@ def restore_model(workdir: str | pathlib.Path, step: int | str = "last") -> tupl
       step: "last", "best" (by validation PGD accuracy), or a step's number.
 
     Returns:
-      (model, variables, {"step", "config", "weights"}); `weights` is "average" or "newest".
+      (model, variables, {"step", "config", "teacher_step", "weights"}); `teacher_step` is that of the teacher it was distilled
+      from, or None; `weights` is "average" or "newest".
 
     Raises:
       InputError: no such directory, no checkpoint in it, no such step, or a damaged one.
     """
-    directory = pathlib.Path(workdir).absolute()
-    if not directory.is_dir():
-        raise InputError(f"{workdir}: no such run directory; train it first, or correct the path")
-    if not any(child.name.isdigit() for child in (directory / "checkpoints").glob("*")):
-        raise InputError(f"{workdir}: no finished checkpoint in it; train that run first")
-    with Checkpoints(directory) as checkpoints:
+    with _reader(workdir) as checkpoints:
         steps = checkpoints.steps
         chosen = {"last": max(steps, default=None), "best": checkpoints.best_step}.get(step, step)
         if chosen not in steps:
             raise InputError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         return checkpoints.restore_variables(chosen)
+
+
+def has_checkpoints(workdir: str | pathlib.Path) -> bool:
+    """Returns whether the directory holds a finished checkpoint."""
+    return any(child.name.isdigit() for child in (pathlib.Path(workdir) / "checkpoints").glob("*"))
+
+
+def steps_of(workdir: str | pathlib.Path) -> list[int]:
+    """Returns the steps of a run directory that can be restored, oldest first; raises InputError where there are none."""
+    with _reader(workdir) as checkpoints:
+        return checkpoints.steps
+
+
+def newest_metadata(workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Returns the metadata that the newest checkpoint of a run directory was saved with."""
+    with _reader(workdir) as checkpoints:
+        return checkpoints._metadata(checkpoints.steps[-1]).custom_metadata or {}
+
+
+def _reader(workdir: str | pathlib.Path) -> Checkpoints:
+    directory = pathlib.Path(workdir).absolute()
+    if not directory.is_dir():
+        raise InputError(f"{workdir}: no such run directory; train it first, or correct the path")
+    if not has_checkpoints(directory):
+        raise InputError(f"{workdir}: no finished checkpoint in it; train that run first")
+    return Checkpoints(directory)
 
 
 def _best_metric(metrics: dict[str, float]) -> float:

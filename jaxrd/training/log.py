@@ -10,11 +10,13 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from jaxrd.config import Config
+
 
 class Log:
     """metrics.jsonl and the console: one line per entry, and a progress bar where there is a terminal."""
 
-    def __init__(self, workdir: pathlib.Path, config: Config, steps: int, *, resumed_at: int):
+    def __init__(self, workdir: pathlib.Path, config: Config, steps: int, *, resumed_at: int, devices: int):
         self.workdir, self.compiled = workdir, False
         self._steps, self._batch_size = steps, config.training.batch_size
         self._main = jax.process_index() == 0
@@ -31,7 +33,7 @@ class Log:
         self.say(
             f"{workdir}: {config.build_method().name}, {config.student}, seed {config.seed}, "
             + (f"resumed after step {resumed_at} of {steps}" if resumed_at else f"{steps} steps")
-            + f" on {len(jax.devices())} {jax.default_backend()} device(s)")
+            + f" on {devices} {jax.default_backend()} device(s)")
 
     def close(self) -> None:
         self._bar.close()
@@ -90,14 +92,14 @@ class Log:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the entries of a metrics.jsonl; a line that a kill cut short is left out."""
+    """Returns the entries of a metrics.jsonl, none where it is absent; a line that is not one JSON object is left out."""
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return entries
+        except ValueError:
+            continue  # A run that was killed leaves half a line behind; the resumed one writes that step again.
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def _duration(seconds: float) -> str:

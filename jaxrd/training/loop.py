@@ -49,37 +49,44 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
 
     # Resume order:
     # 1. The run directory belongs to this configuration, or to nobody.
-    claim(workdir, config)
-    # 2. What the configuration names: data, teacher, student, and the step compiled for them.
+    check_claim(workdir, config)
+    # 2. What the configuration names: data, teacher (as it was when the run began), student, and the step compiled for them.
     dataset, train_source = open_data(config)
-    recipe, teacher_variables = build_recipe(config, dataset, len(train_source), mesh)
+    teacher_step = _teacher_step(config, workdir)
+    recipe, teacher_variables = build_recipe(config, dataset, len(train_source), mesh, teacher_step=teacher_step)
     train_step = make_train_step(recipe, mesh)
-    # 3. A fresh state: where a new run begins, and the shape of what a checkpoint must hold.
+    # 3. All of it is there, so the directory is this run's from now on.
+    claim(workdir, config)
+    # 4. A fresh state: where a new run begins, and the shape of what a checkpoint must hold.
     state = states.create(
         recipe.student, recipe.optimizer, jax.random.key(config.seed), weight_average=recipe.weight_average > 0)
     state = jax.device_put(state, parallel.replicated(mesh))
     with checkpoint.Checkpoints(workdir, keep=config.training.keep) as checkpoints:
-        # 4. The newest checkpoint, where there is one, in place of the fresh state.
+        # 5. The newest checkpoint, where there is one, in place of the fresh state.
         if checkpoints.steps:
             state = checkpoints.restore(checkpoints.steps[-1], state)
-        # 5. The log, cut back to that step.
-        log = Log(workdir, config, recipe.steps, resumed_at=int(state.step))
-        # 6. The remaining steps.
+        # 6. The log, cut back to that step.
+        log = Log(workdir, config, recipe.steps, resumed_at=int(state.step), devices=mesh.size)
+        # 7. The remaining steps.
+        metadata = {"config": config.to_dict(), "model": recipe.student.specification, "teacher_step": teacher_step,
+                    "jaxrd": jaxrd.__version__}
         try:
-            return _run(config, dataset, train_source, recipe, teacher_variables, train_step, state, checkpoints, log, mesh)
+            return _run(
+                config, dataset, train_source, recipe, teacher_variables, train_step, state, checkpoints, metadata, log, mesh)
         finally:
             log.close()
 
 
-def _run(config, dataset, train_source, recipe, teacher_variables, train_step, state, checkpoints, log, mesh):
+def _run(config, dataset, train_source, recipe, teacher_variables, train_step, state, checkpoints, metadata, log, mesh):
     steps, batch_size = recipe.steps, config.training.batch_size
     checkpoint_every = config.training.checkpoint_every or max(steps // 10, 1)
     learning_rate = schedule.learning_rate(config.optimizer, steps)
-    metadata = {"config": config.to_dict(), "model": recipe.student.specification, "jaxrd": jaxrd.__version__}
     step, pending = int(state.step), []
     if step >= steps:
         log.say(f"{log.workdir} is finished: step {step} of {steps}")
         return state
+    if jax.process_index() == 0:
+        write_json(log.workdir / "environment.json", environment())
     stop = _StopSignal()
     with stop:
         while step < steps:
@@ -96,8 +103,10 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
                 jax.block_until_ready(metrics)
             pending.append(metrics)
             log.advance(step)
+            # Read once, so that a signal between two of the lines below cannot stop a run that was not saved.
+            stopping = stop.requested
             last, due = step == steps, step % checkpoint_every == 0
-            if step % config.training.log_every == 0 or due or last or stop.requested:
+            if step % config.training.log_every == 0 or due or last or stopping:
                 train_metrics = _mean_metrics(pending, step, config, checkpoints)
                 log.train(step, train_metrics, float(learning_rate(step - 1)))
                 pending = []
@@ -105,12 +114,12 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
                 validation = validate(recipe.student, state.variables, dataset.validation, recipe.inner.threat, mesh)
                 log.validation(step, validation)
                 checkpoints.save(step, state, metadata, validation)
-            elif stop.requested:
+            elif stopping:
                 checkpoints.save(step, state, metadata, {})
-            if stop.requested and not last:
+            if stopping and not last:
                 checkpoints.wait()
-                log.say(f"stopped by {stop.requested} after step {step}; the same command goes on from there")
-                raise SystemExit(128 + signal.Signals[stop.requested].value)
+                log.say(f"stopped by {stopping} after step {step}; the same command goes on from there")
+                raise SystemExit(128 + signal.Signals[stopping].value)
     return state
 
 
@@ -126,23 +135,56 @@ def open_data(config: Config) -> tuple[DataSet, data.Source]:
     return dataset, train_source
 
 
-def build_recipe(config: Config, dataset: DataSet, train_examples: int, mesh) -> tuple[Recipe, dict | None]:
-    """Returns what the step is compiled for, and the teacher's variables on the devices (None without a teacher)."""
+def build_recipe(
+    config: Config, dataset: DataSet, train_examples: int, mesh, *, teacher: models.Model | None = None,
+    teacher_step: int | str = "last",
+) -> tuple[Recipe, dict | None]:
+    """Returns what the step is compiled for, and the teacher's variables on the devices (None without a teacher).
+
+    Args:
+      config: the run's configuration.
+      dataset: what it trains on: classes and image shape.
+      train_examples: how many images an epoch has.
+      mesh: the devices.
+      teacher: an untrained teacher, for timing, in place of the one in `config.teacher`.
+      teacher_step: which checkpoint of the one in `config.teacher`.
+    """
     classes, image_shape = dataset.train.classes, dataset.train.image_shape
     student = models.create(config.student, classes=classes, image_shape=image_shape, dtype=config.dtype)
-    method, teacher, variables = config.build_method(), None, None
+    method, variables = config.build_method(), None
     if method.needs_teacher:
-        teacher, variables, _ = checkpoint.restore_model(config.teacher)
+        if teacher:
+            variables = teacher.init(jax.random.key(0))
+        else:
+            teacher, variables, _ = checkpoint.restore_model(config.teacher, teacher_step)
         check_teacher(config.teacher, teacher, student)
         variables = jax.device_put(variables, parallel.replicated(mesh))
     steps = config.steps(train_examples)
     return Recipe(
-        method=method, student=student, teacher=teacher,
+        method=method, student=student, teacher=teacher if method.needs_teacher else None,
         inner=InnerMaximisation(config.threat.build(), config.attack.step_size, config.attack.steps),
         optimizer=schedule.optimizer(config.optimizer, steps), steps=steps,
         shift=config.data.shift, flip=config.data.flip,
         weight_average=config.training.weight_average, attack_batch_statistics=config.attack.batch_statistics,
     ), variables
+
+
+def _teacher_step(config: Config, workdir: pathlib.Path) -> int | None:
+    """Returns the teacher's step that this run distils: its newest when the run began, and that one ever after.
+
+    A teacher that went on training in between would otherwise change under a resumed run.
+    """
+    if not config.build_method().needs_teacher:
+        return None
+    there = checkpoint.steps_of(config.teacher)
+    if not checkpoint.has_checkpoints(workdir):
+        return there[-1]
+    began_with = checkpoint.newest_metadata(workdir).get("teacher_step", there[-1])
+    if began_with not in there:
+        raise InputError(
+            f"{workdir} was begun with step {began_with} of its teacher {config.teacher}, which now holds "
+            f"{', '.join(map(str, there))}; choose another --workdir, or bring that checkpoint back")
+    return began_with
 
 
 def check_teacher(name: str, teacher: models.Model, student: models.Model) -> None:
@@ -165,25 +207,30 @@ def validate(model, variables, source, threat, mesh) -> dict[str, float]:
     return {f"validation/{name}": value for name, value in accuracy.items()}
 
 
+def check_claim(workdir: pathlib.Path, config: Config) -> None:
+    """Raises InputError where the directory belongs to another configuration."""
+    path = workdir / "config.json"
+    if not path.exists():
+        if checkpoint.has_checkpoints(workdir):
+            raise InputError(f"{workdir} holds checkpoints but no config.json; choose another --workdir")
+        return
+    try:
+        old = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        raise InputError(f"{path} is damaged; delete {workdir} or choose another --workdir") from None
+    if found := difference(old, config.to_dict()):
+        field, before, now = found
+        raise InputError(
+            f"{workdir} holds a run with config.{field} = {before!r}, not {now!r}; choose another --workdir, "
+            "or delete that one")
+
+
 def claim(workdir: pathlib.Path, config: Config) -> None:
-    """Writes config.json and environment.json, or checks that the directory already belongs to this configuration."""
-    path, new = workdir / "config.json", config.to_dict()
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except json.JSONDecodeError:
-            raise InputError(f"{path} is damaged; delete {workdir} or choose another --workdir") from None
-        if found := difference(old, new):
-            field, before, now = found
-            raise InputError(
-                f"{workdir} holds a run with config.{field} = {before!r}, not {now!r}; choose another --workdir, "
-                "or delete that one")
-    elif (workdir / "checkpoints").exists():
-        raise InputError(f"{workdir} holds checkpoints but no config.json; choose another --workdir")
+    """Makes the directory this configuration's: writes config.json, after `check_claim`."""
+    check_claim(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        write_json(path, new)
-        write_json(workdir / "environment.json", environment())
+        write_json(workdir / "config.json", config.to_dict())
 
 
 def environment() -> dict[str, Any]:
@@ -205,15 +252,17 @@ def environment() -> dict[str, Any]:
 
 
 def _mean_metrics(pending: list[dict], step: int, config: Config, checkpoints) -> dict[str, float]:
-    """Fetches the metrics of the steps since the last entry and returns their means; stops where a loss is not finite."""
+    """Fetches the metrics of the steps since the last entry and returns their means; stops where a step was not finite."""
     fetched = jax.device_get(pending)
-    losses = np.array([metrics["loss"] for metrics in fetched])
-    if not np.all(np.isfinite(losses)):
-        bad = step - len(losses) + 1 + int(np.argmin(np.isfinite(losses)))
-        saved = f"step {checkpoints.steps[-1]} is saved" if checkpoints.steps else "nothing is saved yet"
-        raise InputError(
-            f"the loss of step {bad} is {losses[np.argmin(np.isfinite(losses))]}; {saved}; lower "
-            f"config.optimizer.learning_rate (now {config.optimizer.learning_rate}) or the weights of the method's terms")
+    for number, metrics in enumerate(fetched, step - len(fetched) + 1):
+        # The gradient too: it can be NaN where the loss is not, and then the parameters are.
+        for name, value in (("loss", metrics["loss"]), ("gradient", metrics["gradient_norm"])):
+            if not np.isfinite(value):
+                checkpoints.wait()
+                saved = f"step {checkpoints.steps[-1]} is saved" if checkpoints.steps else "nothing is saved yet"
+                raise InputError(
+                    f"the {name} of step {number} is {value}; {saved}; lower config.optimizer.learning_rate "
+                    f"(now {config.optimizer.learning_rate}) or the weights of the method's terms")
     return {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
 
 

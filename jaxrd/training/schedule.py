@@ -19,7 +19,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup_steps, 1))
     else:
-        boundaries = {round(fraction * steps) - warmup_steps: 0.1 for fraction in config.milestones}
+        # Several milestones of a short run can fall on one step, and each has its division.
+        boundaries = {}
+        for fraction in config.milestones:
+            boundary = round(fraction * steps) - warmup_steps
+            boundaries[boundary] = 0.1 * boundaries.get(boundary, 1.0)
         main = optax.piecewise_constant_schedule(config.learning_rate, boundaries)
     if not warmup_steps:
         return main

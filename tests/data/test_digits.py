@@ -241,8 +241,8 @@ def test_images_of_many_sizes_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, mentions",
     [
-        ("cifar10", ["not prepared", "launch.prepare --dataset=cifar10", "data.arrays"]),
-        ("cifar10:3.0.2", ["not prepared", "launch.prepare"]),
+        ("cifar10", ["not prepared", 'tfds.builder("cifar10"', 'file_format="array_record"', "data.arrays"]),
+        ("cifar10:3.0.2", ["not prepared", 'tfds.builder("cifar10:3.0.2"']),
         ("cifar1O", ["did you mean 'cifar10'"]),
         ("jaxrd_digit", ["did you mean 'jaxrd_digits'"]),
         ("qqqqqq", ["unknown", "data.arrays"]),

@@ -1,0 +1,120 @@
+"""The comparison of runs as a table: which columns it has, what its cells say, and its two plain-text forms.
+
+The HTML page shows the same columns and cells.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jaxrd.evaluation import plots
+from jaxrd.evaluation.runs import ALIGNMENT, aggregate, images_text, radius_text, summary
+
+_DEFAULT_COLUMNS = ("clean", "fgsm", "pgd20", "cw30", "strong")
+
+
+def table(workdirs: Iterable[str | Path]) -> str:
+    """Returns the comparison as aligned plain text: accuracies in percent, mean ± sd over seeds, "-" where absent.
+
+    Args:
+      workdirs: run directories.
+
+    Returns:
+      Lines without a trailing newline; the teacher, if listed, comes first.
+
+    Raises:
+      InputError: see `summary`.
+    """
+    (header, *body), left = _text_table(workdirs)
+    widths = [max(map(len, column)) for column in zip(header, *body)]
+    lines = ["  ".join(cell.ljust(width) if place < left else cell.rjust(width)
+                       for place, (cell, width) in enumerate(zip(cells, widths))).rstrip() for cells in (header, *body)]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def markdown_table(workdirs: Iterable[str | Path]) -> str:
+    """Returns the comparison of `table` as a GitHub-flavoured Markdown table.
+
+    Args:
+      workdirs: run directories.
+
+    Returns:
+      Lines without a trailing newline.
+
+    Raises:
+      InputError: see `summary`.
+    """
+    special = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|", "*": "\\*"})
+    lines, left = _text_table(workdirs)
+    header, *body = [[cell.translate(special) for cell in cells] for cells in lines]
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+
+
+def columns(groups: Sequence[dict]) -> list[tuple[str, str]]:
+    """Returns the (key, heading) of every column; model, data, threat and seeds only where rows differ in them.
+
+    Args:
+      groups: from `runs.aggregate`.
+    """
+    students = [group for group in groups if group["role"] == "student"]
+    fullest_first = sorted(groups, key=lambda group: -len(group["values"]))
+    present = dict.fromkeys(name for group in fullest_first for name in group["values"])
+    names = [name for name in present if name not in ALIGNMENT] or _DEFAULT_COLUMNS
+    return [("method", "method"),
+            *([("student", "model")] if len({group["student"] for group in students}) > 1 else []),
+            *([("data", "data")] if len({group["data"] for group in groups}) > 1 else []),
+            *([("threat", "threat")] if len({(group["norm"], group["epsilon"]) for group in groups}) > 1 else []),
+            ("train_examples", "train images"),
+            *([("seeds", "seeds")] if any(group["seeds"] > 1 for group in groups) else []),
+            *((name, plots.attack_name(name)) for name in names),
+            *((name, heading) for name, heading in ALIGNMENT.items() if name in present)]
+
+
+def text_columns(chosen: Sequence[tuple[str, str]]) -> int:
+    """Returns how many of the `columns`, the first ones, hold text and not numbers."""
+    return sum(key in ("method", "student", "data", "threat") for key, _ in chosen)
+
+
+def cell(group: dict, key: str) -> str:
+    """Returns what a group's cell in the column `key` says: the mean (accuracies in percent), "-" where absent."""
+    if key == "method":
+        variant = f" [{group['variant']}]" if group["variant"] else ""
+        return group["method"] + variant + (" (teacher)" if group["role"] == "teacher" else "")
+    if key == "threat":
+        return f"{plots.norm_name(group['norm'])} {radius_text(group)}"
+    if key == "train_examples":
+        return images_text(group)
+    if key in ("student", "data", "seeds"):
+        return str(group[key])
+    if key not in group["values"]:
+        return "-"
+    mean, sd = group["values"][key]["mean"], group["values"][key]["sd"]
+    if key in ALIGNMENT:
+        decimals = 3 if mean == 0 else min(max(0, 2 - math.floor(math.log10(abs(mean)))), 8)
+    else:
+        mean, sd, decimals = 100 * mean, None if sd is None else 100 * sd, 1
+    return f"{mean:.{decimals}f}" + ("" if sd is None else f" ± {sd:.{decimals}f}")
+
+
+def best(groups: Sequence[dict], key: str) -> set[int]:
+    """Returns the places of the best students among those on the same data and threat; none where all print alike."""
+    places = set()
+    peers = {}
+    for place, group in enumerate(groups):
+        if group["role"] == "student" and key in group["values"]:
+            peers.setdefault((group["data"], group["norm"], group["epsilon"]), []).append(place)
+    for members in peers.values():
+        shown = {place: float(cell(groups[place], key).split(" ")[0]) for place in members}
+        winner = (min if key == "gradient_distance" else max)(shown.values())
+        if len(set(shown.values())) > 1:
+            places |= {place for place, value in shown.items() if value == winner}
+    return places
+
+
+def _text_table(workdirs):
+    """Returns the header and the rows as text, and how many of the columns, the first ones, hold text."""
+    groups = aggregate(summary(workdirs))
+    chosen = columns(groups)
+    lines = [[heading for _, heading in chosen], *([cell(group, key) for key, _ in chosen] for group in groups)]
+    return lines, text_columns(chosen)

@@ -1,0 +1,107 @@
+"""Times a config's train step, part by part: `python -m launch.benchmark --config=configs/digits.py:ard+igdm`.
+
+Medians over repetitions of each compiled part, on this machine, with the config's own data, models and batch size; the parts
+are compiled alone, so they need not sum to the step, which XLA fuses as one program. Compilation is timed twice: from
+nothing, and from a persistent cache that the first one filled. An untrained teacher takes the place of a missing one, given
+its architecture: --teacher_model=resnet6_w32.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+
+from absl import flags
+
+from launch import command
+
+_REPEATS = flags.DEFINE_integer("repeats", 30, "Timed calls of each part; the median is printed.", lower_bound=1)
+_TEACHER_MODEL = flags.DEFINE_string(
+    "teacher_model", None, "Architecture of an untrained teacher to time instead of config.teacher.")
+
+
+def main() -> None:
+    config = command.config()
+    import jax
+
+    cache = tempfile.TemporaryDirectory(prefix="jaxrd-benchmark-")
+    jax.config.update("jax_compilation_cache_dir", cache.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+    from jaxrd import models
+    from jaxrd.training import loop, parallel, state as states, step as steps
+
+    mesh = parallel.data_mesh()
+    parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh)
+    dataset, source = loop.open_data(config)
+    teacher_model = None
+    if _TEACHER_MODEL.value:
+        teacher_model = models.create(
+            _TEACHER_MODEL.value, classes=source.classes, image_shape=source.image_shape)
+    recipe, teacher_variables = loop.build_recipe(config, dataset, len(source), mesh, teacher=teacher_model)
+    state = jax.device_put(
+        states.create(recipe.student, recipe.optimizer, jax.random.key(config.seed),
+                      weight_average=recipe.weight_average > 0), parallel.replicated(mesh))
+    batch = parallel.put_batch(source.batch(source.indices(config.seed, 0, config.training.batch_size)), mesh)
+    key = jax.random.key(1)
+
+    def compile_step():
+        began = time.perf_counter()
+        compiled = steps.make_train_step(recipe, mesh).lower(state, teacher_variables, batch).compile()
+        return compiled, time.perf_counter() - began
+
+    train_step, cold = compile_step()
+    jax.clear_caches()
+    _, cached = compile_step()
+
+    # Each part on the outputs of the one before.
+    augment = jax.jit(lambda key, images: steps.augment(recipe, key, images))
+    attack = jax.jit(lambda *inputs: steps.attack(recipe, *inputs))
+    teacher = jax.jit(lambda *inputs: steps.teacher_logits(recipe, *inputs))
+    gradients_of = jax.jit(lambda *inputs: steps.gradients_of(recipe, *inputs))
+    update = jax.jit(lambda *inputs: steps.update(recipe, *inputs))
+    images = augment(key, batch["images"])
+    views, teacher_clean = attack(key, state, teacher_variables, images, batch["labels"])
+    logits = teacher(teacher_variables, views, teacher_clean)
+    gradients, batch_stats, _ = gradients_of(state, views, logits, batch["labels"])
+    parts = {
+        "augmentation": (augment, key, batch["images"]),
+        f"attack ({recipe.inner.steps} steps)": (attack, key, state, teacher_variables, images, batch["labels"]),
+        "teacher": (teacher, teacher_variables, views, teacher_clean),
+        "student loss and gradient": (gradients_of, state, views, logits, batch["labels"]),
+        "optimiser and weight average": (update, state, gradients, batch_stats),
+    }
+    if not recipe.method.needs_teacher:
+        del parts["teacher"]
+    times = {name: _median(lambda: jax.block_until_ready(part(*inputs))) for name, (part, *inputs) in parts.items()}
+
+    def whole():
+        nonlocal state
+        state, metrics = train_step(state, teacher_variables, batch)
+        jax.block_until_ready(metrics)
+
+    total = _median(whole)
+    flops = (train_step.cost_analysis() or {}).get("flops", 0.0)
+    print(f"{recipe.method.name}: {config.student}, batch {config.training.batch_size}, "
+          f"{mesh.size} {jax.default_backend()} device(s), {os.cpu_count()} cores; medians of {_REPEATS.value}")
+    for name, seconds in times.items():
+        print(f"  {name:<32}{1e3 * seconds:9.2f} ms")
+    print(f"  {'whole step':<32}{1e3 * total:9.2f} ms   {config.training.batch_size / total:,.0f} images/s"
+          + (f", {flops / total / 1e9:,.1f} GFLOP/s" if flops else ""))
+    print(f"  {'compilation':<32}{cold:9.2f} s    {cached:.2f} s from the persistent cache")
+
+
+def _median(call) -> float:
+    """Seconds of a call that waits for its result: the median over repetitions after a first one that compiles."""
+    call()
+    seconds = []
+    for _ in range(_REPEATS.value):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    command.define_config("configs/digits.py:ard+igdm")
+    command.run(main)
