@@ -23,11 +23,11 @@ def get_config(argument: str = ""):
         # The sum of the distillation terms is weighted as the batch mean, 1, and not by the published 0.1: with 0.1 the same
         # alpha lets IGDM drown the base loss.
         method=MethodConfig(name="pgd_at" if teacher else preset, rslad_scale=1.0),
-        student="resnet6_w32" if teacher else "resnet6_w8",
+        student="resnet6_w16" if teacher else "resnet6_w8",
         teacher="" if preset in ("teacher", "pgd_at") else TEACHER,
-        data=DataConfig(name="jaxrd_digits", examples=None if teacher else 100, shift=1),
+        data=DataConfig(name="jaxrd_digits", examples=None if teacher else 100),
         threat=ThreatConfig("linf", 0.2),
         attack=AttackConfig(steps=10, step_size=0.05),
         optimizer=OptimizerConfig(learning_rate=0.1, nesterov=True, schedule="cosine", warmup=0.1),
-        training=TrainingConfig(steps=500, weight_average=0.99, checkpoint_every=100),
+        training=TrainingConfig(steps=600 if teacher else 500, batch_size=64, weight_average=0.99, checkpoint_every=100),
     )), overrides)

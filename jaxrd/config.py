@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from jaxrd import distillation
+from jaxrd import distillation, models
 from jaxrd.errors import InputError
 from jaxrd.threat import ThreatModel
 
@@ -132,7 +132,7 @@ class Config:
 
 
 def config_dict_of(config: Config) -> config_dict.ConfigDict:
-    """Returns a ConfigDict for a config file's `get_config`: its fields are fixed, its leaves take values of any type.
+    """Returns a ConfigDict for a config file's `get_config`, locked: no fields are added, the leaves take values of any type.
 
     Types are left to `Config.from_dict`, whose complaints are better: an epsilon may be given as "8/255", and None stays
     possible where a field allows it.
@@ -143,18 +143,24 @@ def config_dict_of(config: Config) -> config_dict.ConfigDict:
                 {field.name: convert(getattr(section, field.name)) for field in dataclasses.fields(section)})
         return config_dict.FieldReference(section, field_type=object)
 
-    return convert(config)
+    return convert(config).lock()
 
 
-def parse_argument(argument: str, *, default: str) -> tuple[str, dict[str, str]]:
+def parse_argument(
+    argument: str, *, default: str, presets: tuple[str, ...] = ("teacher",)
+) -> tuple[str, dict[str, str]]:
     """Splits the part of `--config=FILE:ARGUMENT` after the colon.
 
     Args:
-      argument: "rslad+igdm" or "adaad+igdm,student=mobilenet_v2": a preset's name, then field=value pairs.
+      argument: "rslad+igdm" or "rslad+igdm,student=resnet18": a preset's name, then field=value pairs.
       default: the name where the argument gives none.
+      presets: names that are allowed besides those of methods.
 
     Returns:
       (name, {dotted field: text}).
+
+    Raises:
+      InputError: the name is neither a preset nor a method, or a later part is no field=value pair.
     """
     name, overrides = default, {}
     for index, part in enumerate(filter(None, argument.split(","))):
@@ -164,16 +170,24 @@ def parse_argument(argument: str, *, default: str) -> tuple[str, dict[str, str]]
         elif index == 0:
             name = part
         else:
-            raise InputError(f'config argument "{argument}": "{part}" is not field=value')
+            raise InputError(f'config argument "{argument}": "{part}" is not field=value, such as seed=3')
+    methods = [*distillation.methods.BASES, *(f"{base}+igdm" for base in distillation.methods.BASES)]
+    if name not in (*presets, *methods):
+        close = difflib.get_close_matches(name, (*presets, *methods), n=1)
+        hint = f'did you mean "{close[0]}"? ' if close else ""
+        raise InputError(f'config argument "{argument}": no preset "{name}"; {hint}known: {", ".join((*presets, *methods))}')
     return name, overrides
 
 
 def override(config: config_dict.ConfigDict, overrides: Mapping[str, Any]) -> config_dict.ConfigDict:
-    """Sets dotted fields of a ConfigDict, as `parse_argument` split them off, and returns it; InputError for unknown ones."""
+    """Sets dotted fields of a ConfigDict, as `parse_argument` split them off, and returns it; InputError for unknown ones.
+
+    "method" stands for "method.name".
+    """
     for path, value in overrides.items():
         if wrong := unknown_field(path):
             raise InputError(wrong)
-        *sections, name = path.split(".")
+        *sections, name = ("method.name" if path == "method" else path).split(".")
         functools.reduce(lambda section, part: section[part], sections, config)[name] = value
     return config
 
@@ -207,13 +221,16 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
 
 
 def unknown_field(path: str) -> str | None:
-    """Returns what is wrong with a dotted field name, or None where it names a field of `Config`."""
+    """Returns what is wrong with a dotted field name, or None where it names a field of `Config` that takes a value."""
     section, prefix = Config, ""
     for name in path.split("."):
         known = _types(section) if dataclasses.is_dataclass(section) else {}
         if name not in known:
             return _unknown(f"{prefix}{name}", {f"{prefix}{field}" for field in known})
         section, prefix = known[name], f"{prefix}{name}."
+    if dataclasses.is_dataclass(section) and section is not MethodConfig:  # "method" alone is the method's name
+        fields = ", ".join(f"config.{prefix}{field}" for field in _types(section))
+        return f"config.{path} is a section; set its fields, one by one: {fields}"
     return None
 
 
@@ -233,10 +250,21 @@ def _all_paths(section: type = Config, prefix: str = "") -> tuple[str, ...]:
 
 
 def _unknown(path: str, siblings: set[str]) -> str:
-    close = difflib.get_close_matches(path, siblings, n=1) or difflib.get_close_matches(path, _all_paths(), n=1)
-    # A field written without its section ("epsilon", "learning_rate") is found by its last name.
-    close = close or [known for known in _all_paths() if known.split(".")[-1] == path.split(".")[-1]]
-    hint = f"did you mean config.{close[0]}?" if close else f"known: {', '.join(sorted(siblings)) or 'none here'}"
+    """Returns the complaint about a field, with its nearest relatives among its siblings or in other sections."""
+    parent, _, name = path.rpartition(".")
+    by_name = {}
+    for known in _all_paths():
+        by_name.setdefault(known.rpartition(".")[2], []).append(known)
+    # Without its section ("epsilon"), or by its initials ("lr").
+    same = [other for other in by_name
+            if name == other or "_" in other and name == "".join(word[0] for word in other.split("_"))]
+    same = same or difflib.get_close_matches(name, by_name, n=1)
+    if not siblings:
+        close = [parent]  # a value, which has no fields
+    else:
+        close = difflib.get_close_matches(path, siblings, n=1) or [known for other in same for known in by_name[other]]
+    hint = (f"did you mean {' or '.join(f'config.{known}' for known in close)}?" if close
+            else f"known: {', '.join(sorted(siblings))}")
     return f"config.{path}: no such field; {hint}"
 
 
@@ -244,7 +272,7 @@ def _build(section: type, values: Any, prefix: str):
     if section is MethodConfig and isinstance(values, str):
         values = {"name": values}
     if not isinstance(values, Mapping | config_dict.ConfigDict):
-        raise InputError(f"config.{prefix.rstrip('.')} is {values!r}; it is a section of fields, not a value")
+        raise InputError(f"{f'config.{prefix}'.rstrip('.')} is {values!r}; it must be a section of fields: a mapping")
     known = _types(section)
     for name in values:
         if name not in known:
@@ -263,13 +291,17 @@ def _convert(kind: Any, value: Any, path: str):
     if types.NoneType in options and (value is None or value in ("None", "none")):
         return None
     kind = next(option for option in options if option is not types.NoneType)
-    wanted = {int: "a whole number", float: 'a number or a fraction such as "8/255"', bool: "true or false", str: "a text"}
-    wrong = InputError(f"config.{path} is {value!r}; it must be "
-                       f"{wanted.get(kind, 'a list of numbers')}{' or None' if types.NoneType in options else ''}")
+    wanted = {int: "a whole number", float: 'a number or a fraction such as "8/255"', bool: "true or false", str: "a text",
+              tuple[float, ...]: "a list of numbers, such as 0.5,0.75"}[kind]
+    wrong = InputError(
+        f"config.{path} is {value!r}; it must be {wanted}{' or None' if types.NoneType in options else ''}")
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            value = [part for part in str(value).split(",") if part]
-        return tuple(_convert(float, item, path) for item in value)
+        if isinstance(value, str):
+            value = [part for part in value.strip("()[] ").split(",") if part.strip()]
+        try:
+            return tuple(_convert(float, item, path) for item in (value if hasattr(value, "__iter__") else [value]))
+        except InputError:
+            raise wrong from None
     if kind is str:
         if not isinstance(value, str):
             raise wrong
@@ -301,7 +333,7 @@ def _check(config: Config) -> None:
             raise InputError(f"config.{path} is {value!r}; it must be {rule}")
 
     training, optimizer = config.training, config.optimizer
-    need(config.seed >= 0, "seed", "0 or above")
+    need(0 <= config.seed < 2**32, "seed", "in [0, 2**32)")
     need(config.dtype in ("float32", "bfloat16"), "dtype", '"float32" or "bfloat16"')
     need(config.data.examples is None or config.data.examples > 0, "data.examples", "above 0, or None for all images")
     need(0 < config.data.validation_fraction < 1, "data.validation_fraction", "between 0 and 1")
@@ -323,10 +355,17 @@ def _check(config: Config) -> None:
     need(config.method.rslad_scale > 0, "method.rslad_scale", "above 0")
 
     try:
-        config.threat.build().check_step_size(config.attack.step_size)
-        method = config.build_method()
+        threat, method = config.threat.build(), config.build_method()
     except InputError as error:
-        raise InputError(f"config: {error}") from None
+        raise InputError(f"config.{error}") from None  # both begin with the field
+    try:
+        threat.check_step_size(config.attack.step_size)
+    except InputError as error:
+        raise InputError(f"config.attack.step_size{str(error).removeprefix('attack step_size')}") from None
+    try:
+        models.create(config.student, classes=2)
+    except InputError as error:
+        raise InputError(f"config.student: {error}") from None
     if method.needs_teacher and not config.teacher:
         raise InputError(
             f'config.teacher is empty; method "{method.name}" needs the run directory of a teacher: '

@@ -1,67 +1,162 @@
-"""What every command line shares: flags, the config file with its overrides, and one-line errors."""
+"""What every command line shares: flags, the config file with its overrides, help, and one-line errors."""
 
+import difflib
 import logging
+import pathlib
+import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from jaxrd import config as configs
 from jaxrd.errors import InputError
+
+flags.disclaim_key_flags()  # --config is a flag of the command that asks for it, and stands in its help
+
+_EXAMPLE = "--config=configs/digits.py:ard+igdm"
+_defaults: dict[str, str] = {}  # given as an argument where there is none, for ml_collections would load it at once
 
 
 def define_config(default: str | None = None) -> None:
     """Defines `--config=FILE[:ARGUMENT]` and its overrides `--config.section.field=value`."""
     config_flags.DEFINE_config_file(
-        "config", default, "Config file, such as configs/digits.py:ard+igdm; override with --config.seed=1.")
+        "config", None,
+        f"Config file and its argument, such as {default or _EXAMPLE.partition('=')[2]}{' (the default)' if default else ''}. "
+        "Overrides follow it: --config.seed=1 --config.threat.epsilon=8/255. "
+        f"The fields: python -m launch.train {_EXAMPLE} --print_config")
+    if default:
+        _defaults["config"] = default
 
 
 def config() -> configs.Config:
     """Returns the validated configuration of the command line."""
     if flags.FLAGS.config is None:
-        raise InputError("--config is missing; give a file, such as --config=configs/digits.py:ard+igdm")
+        raise InputError(f"--config is missing; give a file, such as {_EXAMPLE}")
     return configs.Config.from_dict(flags.FLAGS.config)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the command line and calls `main()`; a user's mistake ends in one line on stderr and exit status 1."""
-    # Orbax narrates every save on these two loggers.
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    logging.getLogger("jax").setLevel(logging.ERROR)
+    """Parses the command line and calls `main()`; a user's mistake ends in one line on stderr and exit status 1.
+
+    Any other exception is a bug and keeps its traceback.
+    """
+    _silence_libraries()
     try:
         app.run(lambda _: main(), flags_parser=_parse)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _silence_libraries() -> None:
+    """Leaves to the exception, which says it once, what orbax and its event loop also log."""
+    # Orbax narrates every save on the first two loggers and every damaged file on the first and the last.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Reads of a damaged checkpoint that are still under way when orbax gives up answer to a loop that is gone.
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else report(event)
 
 
 def _parse(argv: list[str]) -> list[str]:
-    argv = [_shorthand(argument) for argument in argv]
-    for argument in argv[1:]:
-        if argument.startswith(("--config.", "-config.")):
-            path = argument.lstrip("-").removeprefix("config.").split("=", 1)[0]
-            # Here, because ml_collections answers a misspelt section with a traceback.
-            if wrong := configs.unknown_field(path):
-                raise InputError(wrong)
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print(f"{sys.modules['__main__'].__doc__ or ''}\n{flags.FLAGS.main_module_help()}")
+        raise SystemExit(0)
+    argv = _overrides(argv)
+    if "config" in _defaults and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        argv.insert(1, f"--config={_defaults['config']}")
+    file = _check_config(argv) if "config" in flags.FLAGS else None
     sys.argv[:] = argv  # config_flags looks there for the overrides
     try:
         rest = flags.FLAGS(argv)
-        flags.FLAGS.config if "config" in flags.FLAGS else None
-    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(_last_line(error)) from None
+    except flags.UnrecognizedFlagError as error:
+        raise InputError(_unknown_flag(error.flagname)) from None
+    except Exception as error:
+        raise _explained(error, file) or error
     if len(rest) > 1:
         raise InputError(f'"{rest[1]}" is not a flag; flags begin with -- and take their value after =')
+    if file and not isinstance(flags.FLAGS.config, Mapping | config_dict.ConfigDict):
+        # Where the config file itself meets an OSError, ml_collections keeps it for later.
+        raise _explained(getattr(flags.FLAGS.config, "_error", None) or ValueError(), file) or _not_a_config(file)
     return rest
 
 
-def _shorthand(argument: str) -> str:
-    """`--config.method=ard` stands for `--config.method.name=ard`."""
-    return argument.replace("--config.method=", "--config.method.name=", 1)
+def _overrides(argv: list[str]) -> list[str]:
+    """Writes `--config.seed 3` as `--config.seed=3`, and `--config.method=ard` as `--config.method.name=ard`."""
+    result = []
+    for argument in argv:
+        # ml_collections takes an override without "=" for a true or false one.
+        if result and re.fullmatch(r"--?config\.[^=]+", result[-1]) and not re.match(r"-\D", argument):
+            result[-1] += f"={argument}"
+        else:
+            result.append(argument)
+    return [re.sub(r"^(--?config\.method)(?==|$)", r"\1.name", argument) for argument in result]
 
 
-def _last_line(error: Exception) -> str:
-    """The line of an error that names the mistake: absl quotes whole tracebacks of config files."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].removeprefix("jaxrd.errors.InputError: ") if lines else repr(error)
+def _check_config(argv: list[str]) -> str | None:
+    """Returns the path of the config file, or raises InputError where ml_collections would say less about it."""
+    file = None
+    for argument, following in zip(argv[1:], [*argv[2:], ""]):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            file = following if match[1] is None else match[1]
+        elif match := re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=.*)?", argument):
+            if wrong := configs.unknown_field(match[1]):
+                raise InputError(wrong)
+            if file is None and any(re.match(r"--?config(=|$)", other) for other in argv):
+                raise InputError(f"{argument} stands before --config; put --config=FILE first, overrides after it")
+    if not file:
+        raise InputError(f"--config is missing; give a file, such as {_EXAMPLE}")
+    path = pathlib.Path(file.split(":", 1)[0])
+    if not path.is_file():
+        names = [str(other) for folder in (path.parent, pathlib.Path("configs")) for other in folder.glob("*.py")]
+        close = difflib.get_close_matches(str(path), names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"give one such as {_EXAMPLE}"
+        raise InputError(f"--config={file}: no such file; {hint}")
+    return str(path)
+
+
+def _unknown_flag(name: str) -> str:
+    known = sorted(flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean --{close[0]}?" if close else f"known: {', '.join(f'--{other}' for other in known)}"
+    return f"--{name}: no such flag; {hint}"
+
+
+def _explained(error: Exception, file: str | None) -> InputError | None:
+    """Returns what is wrong with the command line or the config file in one line; None where neither is to blame."""
+    chain = [error]
+    while below := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(below)
+    for cause in reversed(chain):
+        if isinstance(cause, InputError):
+            return cause
+    for cause in reversed(chain):
+        stack = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(cause.__traceback__)]
+        lines = [line for name, line in stack if name == file]
+        if isinstance(cause, SyntaxError) and cause.filename == file:
+            return InputError(f"{file}, line {cause.lineno}: {cause.msg}")
+        # An exception that left the config file for jaxrd is a bug of jaxrd.
+        if lines and pathlib.Path(configs.__file__).parent not in pathlib.Path(stack[-1][0]).parents:
+            message = cause.args[0] if cause.args and isinstance(cause.args[0], str) else str(cause)
+            last = re.split(r"\n|\\n", message)[-1]  # ml_collections quotes whole tracebacks and dictionaries
+            return InputError(f"{file}, line {lines[-1]}: {type(cause).__name__}: {last}")
+    cause = chain[-1]
+    if file and "has no attribute 'get_config'" in str(cause):
+        return _not_a_config(file)
+    if file and isinstance(cause, TypeError) and "get_config()" in str(cause):
+        return InputError(f"{file}: {cause}; what follows the colon of --config is given to get_config(argument)")
+    if isinstance(error, flags.Error) or pathlib.Path(flags.__file__).parent in pathlib.Path(stack[-1][0]).parents:
+        return InputError(re.sub("invalid literal for int.*", "it must be a whole number", str(error)))
+    return None
+
+
+def _not_a_config(file: str) -> InputError:
+    return InputError(f"{file}: it must define get_config(argument) and return a ConfigDict there; see configs/digits.py")

@@ -15,6 +15,7 @@ _WORKDIR = flags.DEFINE_list("workdir", [], "Run directories, comma-separated.")
 _ATTACKS = flags.DEFINE_string("attacks", "clean,fgsm,pgd20,cw30,strong", "Attacks, comma-separated.")
 _STEP = flags.DEFINE_string("step", "last", '"last", "best" by validation PGD accuracy, or a step\'s number.')
 _SPLIT = flags.DEFINE_string("split", "test", '"test", or "validation" while choosing anything.')
+_TEACHER = flags.DEFINE_string("teacher", "", "Teacher to compare the input gradients of runs with that have none.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random starts.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per batch, at most.", lower_bound=1)
 _REPORT = flags.DEFINE_string("report", None, "Where to write the report that compares the runs.")
@@ -23,13 +24,18 @@ _REPORT = flags.DEFINE_string("report", None, "Where to write the report that co
 def main() -> None:
     if not _WORKDIR.value:
         raise InputError("--workdir is missing; give run directories, such as --workdir=runs/a,runs/b")
+    for workdir in _WORKDIR.value:  # before the first of them is evaluated
+        if not pathlib.Path(workdir).is_dir():
+            raise InputError(f"--workdir={workdir}: no such run directory; train it first, or correct the path")
+    if _REPORT.value and pathlib.Path(_REPORT.value).is_dir():
+        raise InputError(f"--report={_REPORT.value} is a directory; name a file in it, such as report.html")
     from jaxrd.evaluation import evaluate, report
     from jaxrd.training import parallel
     parallel.enable_compilation_cache()
     step = int(_STEP.value) if _STEP.value.isdigit() else _STEP.value
     for workdir in _WORKDIR.value:
         evaluate.evaluate(
-            workdir, _ATTACKS.value, step=step, split=_SPLIT.value, seed=_SEED.value, batch_size=_BATCH_SIZE.value)
+            workdir, _ATTACKS.value, step=step, split=_SPLIT.value, teacher=_TEACHER.value, seed=_SEED.value, batch_size=_BATCH_SIZE.value)
         report.write([workdir], pathlib.Path(workdir) / "report.html")
     print()
     print(report.table(_WORKDIR.value))

@@ -27,6 +27,6 @@ for method in ${METHODS:-pgd_at ard ard+igdm}; do
 done
 
 step "evaluation on the 600 test images, which no training has seen"
-"$python" -m launch.evaluate --workdir="$workdirs" --report=runs/report.html
+"$python" -m launch.evaluate --workdir="$workdirs" --teacher=runs/teacher --report=runs/report.html
 printf '%s\n' "The teacher has seen 1,000 images, the students 100 of them and the teacher's answers." \
     "Finished in $(($(date +%s) - began)) s. Open $(pwd)/runs/report.html in a browser."

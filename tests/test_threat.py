@@ -170,22 +170,22 @@ def test_l2_start_has_a_uniform_length_and_no_preferred_direction():
     np.testing.assert_allclose(np.mean(units**2, axis=0) * size, 1, atol=0.15)
 
 
-def test_gaussian_start_has_standard_deviation_one_thousandth():
-    centred = jnp.full((100, *SHAPE), 0.5)
-    for threat in THREATS:
-        deltas = threat.random_start(jax.random.key(0), centred, "gaussian") - centred
-        np.testing.assert_allclose(jnp.std(deltas), 0.001, rtol=0.05)
+@each_threat
+def test_gaussian_start_has_standard_deviation_one_thousandth(threat):
+    centred = jnp.full((8, *SHAPE), 0.5)
+    deltas = threat.random_start(jax.random.key(0), centred, "gaussian") - centred
+    np.testing.assert_allclose(jnp.std(deltas), 0.001, rtol=0.12)  # 480 draws: four standard errors
 
 
 @each_norm
 @pytest.mark.parametrize("kind", ["uniform", "gaussian"])
 def test_start_of_a_part_with_its_keys_is_that_part_of_the_whole(norm, kind):
-    threat, images, keys = ThreatModel(norm, 0.2), images_of(9), example_keys(jax.random.key(5), 9)
+    threat, images, keys = ThreatModel(norm, 0.2), images_of(8), example_keys(jax.random.key(5), 8)
     whole = threat.random_start(keys, images, kind)
     np.testing.assert_array_equal(threat.random_start(jax.random.key(5), images, kind), whole)
-    part = np.array([7, 2, 3])
+    part = np.array([7, 2, 4])
     np.testing.assert_array_equal(threat.random_start(keys[part], images[part], kind), whole[part])
-    np.testing.assert_array_equal(threat.random_start(jax.random.key(5), images[:4], kind), whole[:4])
+    np.testing.assert_array_equal(threat.random_start(jax.random.key(5), images[:3], kind), whole[:3])
 
 
 def test_example_keys_are_folds_of_one_key_and_pass_through_when_given():

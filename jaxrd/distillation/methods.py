@@ -5,8 +5,10 @@ formulas live in pure functions (`jaxrd.objectives`, `jaxrd.distillation.gradien
 its own.
 """
 
+import collections
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -100,6 +102,9 @@ class Method:
       attack: what generates the views that are not clean.
       views: every view that a term may ask for, in the order of the student's forwards.
       terms: the summands.
+
+    Raises:
+      InputError: a term that reads a view which is not declared, or two terms or views of one name.
     """
 
     name: str
@@ -108,6 +113,11 @@ class Method:
     terms: tuple[Term, ...]
 
     def __post_init__(self):
+        # Logits and terms are kept by name: of two alike, one would silently stand in for the other.
+        for kind, items in (("views", self.views), ("terms", self.terms)):
+            for name, count in collections.Counter(item.name for item in items).items():
+                if count > 1:
+                    raise InputError(f'method "{self.name}" has {count} {kind} named "{name}"; give each a name of its own')
         known = {view.name for view in self.views}
         for term in self.terms:
             for name in (*term.student, *term.teacher):
@@ -269,7 +279,7 @@ def method(
       rslad_scale: see `rslad`.
 
     Raises:
-      InputError: an unknown name or ramp, or a negative weight.
+      InputError: an unknown name or ramp, or a weight that is negative or not finite.
 
     Example:
       >>> method("rslad", igdm=10.0).name
@@ -282,8 +292,8 @@ def method(
         raise InputError(f'method.name is "{name}"; the module that can follow a base is "+igdm"')
     if igdm is None:
         igdm = DEFAULT_IGDM_WEIGHT if modules else 0.0
-    if igdm < 0:
-        raise InputError(f"method.igdm is {igdm}; it must be 0 or above")
+    if not (math.isfinite(igdm) and igdm >= 0):
+        raise InputError(f"method.igdm is {igdm}; it must be a number of 0 or above")
     if igdm_ramp not in RAMPS:
         raise InputError(f'method.igdm_ramp is "{igdm_ramp}"; {_suggest(igdm_ramp, RAMPS)}')
     base = rslad(rslad_scale) if base_name == "rslad" else BASES[base_name]()

@@ -42,9 +42,16 @@ def gradient_distance(a: Array, b: Array) -> Array:
 
 def gradient_cosine(a: Array, b: Array) -> Array:
     """Returns the cosine of the angle between a and b per example, [batch], in [-1, 1]; 0 where either is 0."""
-    a, b = _flat(a), _flat(b)
-    lengths = jnp.linalg.norm(a, axis=1) * jnp.linalg.norm(b, axis=1)
-    return jnp.where(lengths > 0, jnp.sum(a * b, axis=1) / jnp.where(lengths > 0, lengths, 1.0), 0.0)
+    return jnp.clip(jnp.sum(_unit(a) * _unit(b), axis=1), -1.0, 1.0)
+
+
+def _unit(x: Array) -> Array:
+    """Each example at length 1, or 0 where it is 0, [batch, size]."""
+    x = _flat(x)
+    # The gradients of a saturated softmax fall below 1e-20, where their squares underflow: measured by the largest first.
+    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    x = x / jnp.where(largest > 0, largest, 1.0)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1.0)  # the norm is below 1 only where it is 0
 
 
 def _flat(x: Array) -> Array:

@@ -27,6 +27,7 @@ def evaluate(
     *,
     step: str | int = "last",
     split: str = "test",
+    teacher: str = "",
     seed: int = 0,
     batch_size: int = 256,
     devices: list | None = None,
@@ -39,6 +40,7 @@ def evaluate(
       attacks: names in `robustness.PROTOCOLS`, comma-separated or a list.
       step: "last" (the papers' protocol), "best" by validation PGD accuracy, or a step's number.
       split: "test", or "validation" while choosing anything.
+      teacher: run directory to measure the gradient alignment with, where the run has no teacher of its own.
       seed: of the random starts.
       batch_size: images per batch, at most.
       devices: devices that share each batch; all by default.

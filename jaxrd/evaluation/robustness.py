@@ -148,14 +148,14 @@ def run_attack(
     worst_case = len(protocol.runs) > 1
     if worst_case or not protocol.runs:
         for indices, rows, batch in _batches(source, np.arange(n), batch_size, mesh):
-            robust[indices] = _score(model, variables, batch["images"], batch["labels"])[rows]
+            robust[indices] = _score(model, variables, batch["images"], batch["labels"], rows)
     for number, (objective, _) in enumerate(protocol.runs):
         run_key = jax.random.fold_in(key, number)
         left = np.flatnonzero(robust) if worst_case else np.arange(n)
         for indices, rows, batch in _batches(source, left, batch_size, mesh):
             points = _climb(model, variables, run_key, batch, objective, protocol, threat)
             adversarial[indices] = np.asarray(points)[rows]
-            robust[indices] = _score(model, variables, points, batch["labels"])[rows]
+            robust[indices] = _score(model, variables, points, batch["labels"], rows)
     return Result(robust, adversarial, time.perf_counter() - began)
 
 
@@ -184,7 +184,7 @@ def gradient_alignment(student, student_variables, teacher, teacher_variables, s
 
 def predictions(model: Model, variables: dict, images: np.ndarray) -> np.ndarray:
     """Returns the predicted class of a few images, [n] int."""
-    return np.asarray(jnp.argmax(model.apply(variables, jnp.asarray(images), train=False)[0], axis=-1))
+    return np.asarray(_predict(model, variables, jnp.asarray(images)))
 
 
 def _batches(source: Source, indices: np.ndarray, batch_size: int, mesh) -> Iterator[tuple[np.ndarray, slice, dict]]:
@@ -227,13 +227,18 @@ def _advance(model, variables, batch, points, threat, step_size, objective: str,
     return jax.lax.scan(body, points, length=steps, unroll=attacks.loop_unroll())[0]
 
 
-def _score(model: Model, variables: dict, images: Array, labels: Array) -> np.ndarray:
-    correct, finite = _correct(model, variables, images, labels)
+def _score(model: Model, variables: dict, images: Array, labels: Array, rows: slice) -> np.ndarray:
+    correct, finite = (np.asarray(flags)[rows] for flags in _correct(model, variables, images, labels))
     if not np.all(finite):
         raise InputError(
-            f"{int(np.sum(~np.asarray(finite)))} images get logits that are not finite from model {model.name}; "
+            f"{np.sum(~finite)} of the {len(finite)} images of a batch get logits that are not finite from model {model.name}; "
             "a comparison with NaN would count them as robust: check the checkpoint and its dtype")
-    return np.asarray(correct)
+    return correct
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _predict(model, variables, images) -> Array:
+    return jnp.argmax(model.apply(variables, images, train=False)[0], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames="model")

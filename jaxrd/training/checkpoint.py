@@ -6,7 +6,9 @@ best one by validation PGD accuracy.
 """
 
 import contextlib
+import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,13 +38,14 @@ class Checkpoints:
             policies.LatestN(keep),
             policies.BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False),
         ])
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            # When to save is the loop's decision, which has just validated.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=preserve,
-            cleanup_tmp_directories=keep is not None,  # what a killed save left behind; a reader leaves it to the writer
-        )
+        with _damage_explained(self.directory, culprit=_unreadable_metrics):
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory,
+                # When to save is the loop's decision, which has just validated.
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=preserve,
+                cleanup_tmp_directories=keep is not None,  # what a killed save left behind; a reader leaves it to the writer
+            )
 
     def __enter__(self):
         return self
@@ -95,7 +98,9 @@ class Checkpoints:
         found = self._metadata(step)
         tree, custom = found.metadata, found.custom_metadata or {}
         if "model" not in custom:
-            raise InputError(f"{self.directory / str(step)}: no model specification; this is not a checkpoint of jaxrd")
+            raise InputError(
+                f"{self.directory / str(step)}: no model specification; this checkpoint is damaged or not one of jaxrd: "
+                "use another, or train again")
         model = models.create(**custom["model"])
         averaged = bool(tree.get("average"))
         source = tree["average"] if averaged else tree
@@ -111,7 +116,10 @@ class Checkpoints:
 
     def _metadata(self, step: int):
         with _damage_explained(self.directory / str(step)):
-            return self._checkpointer.metadata(step)
+            found = self._checkpointer.metadata(step)
+            if found.metadata is None:  # orbax has logged why, and goes on
+                raise ValueError("its arrays cannot be read")
+            return found
 
     def _load(self, step: int, abstract: dict, partial: bool = False) -> dict:
         context = ocp.Context()
@@ -138,7 +146,7 @@ def restore_model(workdir: str | pathlib.Path, step: int | str = "last") -> tupl
         steps = checkpoints.steps
         chosen = {"last": max(steps, default=None), "best": checkpoints.best_step}.get(step, step)
         if chosen not in steps:
-            raise InputError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+            raise InputError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}, and best and last")
         return checkpoints.restore_variables(chosen)
 
 
@@ -200,8 +208,8 @@ def _compare(found: Any, wanted: Any, where: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _damage_explained(where: pathlib.Path):
-    """Turns whatever orbax raises on a file that is cut short or missing into one line."""
+def _damage_explained(where: pathlib.Path, culprit: Callable[[pathlib.Path], pathlib.Path] = lambda where: where):
+    """Turns whatever orbax raises on a file that is cut short or missing into one line about `culprit(where)`."""
     try:
         yield
     except Exception as error:
@@ -211,5 +219,15 @@ def _damage_explained(where: pathlib.Path):
             cause = cause.__cause__
         reason = " ".join(str(cause).split())[:160]
         raise InputError(
-            f"{where}: this checkpoint is damaged ({type(cause).__name__}: {reason}); "
+            f"{culprit(where)}: this checkpoint is damaged ({type(cause).__name__}: {reason}); "
             "delete its directory to fall back on an earlier one, or train again") from None
+
+
+def _unreadable_metrics(directory: pathlib.Path) -> pathlib.Path:
+    """Returns the step whose metrics cannot be read: orbax reads them all when it opens, without saying which one failed."""
+    for path in sorted(directory.glob("*/metrics/metrics")):
+        try:
+            json.loads(path.read_text())
+        except (OSError, ValueError):
+            return path.parents[1]
+    return directory

@@ -5,7 +5,9 @@ checkpoints continues from the last one, to the same parameters as a run that wa
 attacks are functions of (seed, step) alone, and the rest is in the state.
 """
 
+import contextlib
 import json
+import os
 import pathlib
 import platform
 import signal
@@ -126,12 +128,13 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
 def open_data(config: Config) -> tuple[DataSet, data.Source]:
     """Returns the data set of a configuration and the source that it trains on (all of the training split, or a draw)."""
     section = config.data
-    dataset = data.open_dataset(
-        section.name, arrays=section.arrays, directory=section.directory or None,
-        validation_fraction=section.validation_fraction)
-    train_source = dataset.train
-    if section.examples is not None:
-        train_source = train_source.subset(section.examples, config.seed)
+    with _naming("config.data"):
+        dataset = data.open_dataset(
+            section.name, arrays=section.arrays, directory=section.directory or None,
+            validation_fraction=section.validation_fraction)
+        train_source = dataset.train
+        if section.examples is not None:
+            train_source = train_source.subset(section.examples, config.seed)
     return dataset, train_source
 
 
@@ -156,7 +159,8 @@ def build_recipe(
         if teacher:
             variables = teacher.init(jax.random.key(0))
         else:
-            teacher, variables, _ = checkpoint.restore_model(config.teacher, teacher_step)
+            with _naming("config.teacher"):
+                teacher, variables, _ = checkpoint.restore_model(config.teacher, teacher_step)
         check_teacher(config.teacher, teacher, student)
         variables = jax.device_put(variables, parallel.replicated(mesh))
     steps = config.steps(train_examples)
@@ -169,6 +173,15 @@ def build_recipe(
     ), variables
 
 
+@contextlib.contextmanager
+def _naming(field: str):
+    """Begins the message of an InputError with the field that it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from None
+
+
 def _teacher_step(config: Config, workdir: pathlib.Path) -> int | None:
     """Returns the teacher's step that this run distils: its newest when the run began, and that one ever after.
 
@@ -176,7 +189,8 @@ def _teacher_step(config: Config, workdir: pathlib.Path) -> int | None:
     """
     if not config.build_method().needs_teacher:
         return None
-    there = checkpoint.steps_of(config.teacher)
+    with _naming("config.teacher"):
+        there = checkpoint.steps_of(config.teacher)
     if not checkpoint.has_checkpoints(workdir):
         return there[-1]
     began_with = checkpoint.newest_metadata(workdir).get("teacher_step", there[-1])
@@ -208,16 +222,22 @@ def validate(model, variables, source, threat, mesh) -> dict[str, float]:
 
 
 def check_claim(workdir: pathlib.Path, config: Config) -> None:
-    """Raises InputError where the directory belongs to another configuration."""
+    """Raises InputError where the directory belongs to another configuration, or cannot be one."""
     path = workdir / "config.json"
+    nearest = next(parent for parent in (workdir, *workdir.absolute().parents) if parent.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        reason = "is not writable" if nearest.is_dir() else "is a file"
+        raise InputError(f"--workdir={workdir}: {nearest} {reason}; choose another --workdir")
     if not path.exists():
         if checkpoint.has_checkpoints(workdir):
             raise InputError(f"{workdir} holds checkpoints but no config.json; choose another --workdir")
         return
     try:
         old = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        raise InputError(f"{path} is damaged; delete {workdir} or choose another --workdir") from None
+    except (OSError, ValueError):
+        old = None
+    if not isinstance(old, dict):
+        raise InputError(f"{path} is damaged; delete {workdir} or choose another --workdir")
     if found := difference(old, config.to_dict()):
         field, before, now = found
         raise InputError(
@@ -228,9 +248,12 @@ def check_claim(workdir: pathlib.Path, config: Config) -> None:
 def claim(workdir: pathlib.Path, config: Config) -> None:
     """Makes the directory this configuration's: writes config.json, after `check_claim`."""
     check_claim(workdir, config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        write_json(workdir / "config.json", config.to_dict())
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_json(workdir / "config.json", config.to_dict())
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another --workdir") from None
 
 
 def environment() -> dict[str, Any]:

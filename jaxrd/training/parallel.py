@@ -36,7 +36,7 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
         below = batch_size // mesh.size * mesh.size
         raise InputError(
             f"{name} is {batch_size}, which {mesh.size} devices cannot share equally; "
-            f"use a multiple of {mesh.size}, such as {max(below, mesh.size)} or {below + mesh.size}")
+            f"use a multiple of {mesh.size}, such as " + (f"{below} or " if below else "") + f"{below + mesh.size}")
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

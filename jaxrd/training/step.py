@@ -134,7 +134,7 @@ def gradients_of(recipe, state, views, teacher, labels) -> tuple[dict, dict, dic
         return jnp.mean(loss), (batch_stats, {name: jnp.mean(value) for name, value in metrics.items()})
 
     gradients, (batch_stats, metrics) = jax.grad(mean_loss, has_aux=True)(state.params)
-    return gradients, batch_stats, metrics | {"gradient_norm": optax.global_norm(gradients)}
+    return gradients, batch_stats, metrics | {"gradient_norm": optax.tree.norm(gradients)}
 
 
 def update(recipe, state, gradients, batch_stats) -> TrainState:

@@ -10,7 +10,7 @@ import pytest
 from jaxrd import InputError, ThreatModel, attacks, objectives
 from jaxrd.threat import example_keys
 
-BATCH, SHAPE, CLASSES = 10, (4, 4, 2), 5
+BATCH, SHAPE, CLASSES = 10, (4, 4, 1), 5
 SIZE = int(np.prod(SHAPE))
 GENERATOR = np.random.default_rng(0)
 IMAGES = jnp.asarray(GENERATOR.uniform(size=(BATCH, *SHAPE)), jnp.float32)
@@ -19,7 +19,7 @@ HIDDEN = jnp.asarray(GENERATOR.normal(size=(SIZE, 16)), jnp.float32)
 OUT = jnp.asarray(GENERATOR.normal(size=(16, CLASSES)), jnp.float32)
 DIRECTIONS = jnp.asarray(GENERATOR.normal(size=(BATCH, *SHAPE)), jnp.float32)
 KEY = jax.random.key(0)
-STEPS = 5
+STEPS = 4
 THREATS = {"linf": ThreatModel("linf", 0.1), "l2": ThreatModel("l2", 0.4)}
 
 each_norm = pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -98,7 +98,7 @@ def test_linear_objective_is_maximised_exactly(norm):
     for start in ("uniform", "none"):
         # Steps as wide as the ball turn an L2 start by a factor of three each towards the optimum.
         points = attacks.pgd(KEY, linear, images, threat=threat, step_size=2 * threat.epsilon, steps=12, start=start)
-        np.testing.assert_allclose(linear(points), linear(expected), rtol=1e-6)
+        np.testing.assert_allclose(linear(points), linear(expected), rtol=1e-6, atol=2e-6)
         np.testing.assert_allclose(points, expected, atol=2e-6)
 
 

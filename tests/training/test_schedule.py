@@ -1,0 +1,92 @@
+"""SGD is PyTorch's, and schedules are fractions of training at any length."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrd.config import OptimizerConfig
+from jaxrd.training import schedule
+
+VARIANTS = [(0.0, False, 0.0), (0.9, False, 0.0), (0.9, False, 0.01), (0.9, True, 0.01)]
+MATRIX = np.array([[2.0, 0.5], [0.5, 1.0]])
+START = np.array([1.0, -2.0])
+
+
+def rates(steps, **options):
+    rate = schedule.learning_rate(OptimizerConfig(learning_rate=1.0, **options), steps)
+    return np.array([rate(step) for step in range(steps)])
+
+
+def minimise(momentum, nesterov, weight_decay, steps=6):
+    """Iterates of the optimiser on x' A x / 2, under a schedule that changes on the way."""
+    config = OptimizerConfig(
+        learning_rate=0.1, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, schedule="step")
+    optimizer, params = schedule.optimizer(config, steps), jnp.asarray(START, jnp.float32)
+    state, path = optimizer.init(params), []
+    for _ in range(steps):
+        updates, state = optimizer.update(jnp.asarray(MATRIX, jnp.float32) @ params, state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(np.asarray(params))
+    return np.array(path), [0.1, 0.1, 0.1, 0.01, 0.001, 0.001]  # milestones at round(3.0) and round(4.5)
+
+
+@pytest.mark.parametrize("momentum, nesterov, weight_decay", VARIANTS)
+def test_sgd_is_the_published_recursion(momentum, nesterov, weight_decay):
+    path, learning_rates = minimise(momentum, nesterov, weight_decay)
+    x, velocity = START, np.zeros(2)
+    for learning_rate, found in zip(learning_rates, path, strict=True):
+        gradient = MATRIX @ x + weight_decay * x
+        velocity = momentum * velocity + gradient
+        x = x - learning_rate * (gradient + momentum * velocity if nesterov else velocity)
+        np.testing.assert_allclose(found, x, rtol=1e-5)
+
+
+@pytest.mark.parametrize("momentum, nesterov, weight_decay", VARIANTS)
+def test_sgd_is_that_of_pytorch(momentum, nesterov, weight_decay):
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra parity)")
+    path, learning_rates = minimise(momentum, nesterov, weight_decay)
+    x, matrix = torch.tensor(START, requires_grad=True), torch.tensor(MATRIX)
+    optimizer = torch.optim.SGD([x], lr=1.0, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    for learning_rate, found in zip(learning_rates, path, strict=True):
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.zero_grad()
+        (x @ matrix @ x / 2).backward()
+        optimizer.step()
+        np.testing.assert_allclose(found, x.detach().numpy(), rtol=1e-5)
+
+
+def test_the_step_schedule_divides_by_ten_at_its_milestones():
+    found = rates(200, schedule="step", milestones=(0.5, 0.75))
+    np.testing.assert_allclose(found, np.repeat([1, 0.1, 0.01], [100, 50, 50]), rtol=1e-6)
+
+
+def test_the_cosine_schedule_is_a_half_wave_to_zero():
+    found = rates(100, schedule="cosine")
+    np.testing.assert_allclose(found[[0, 25, 50, 75]], [1, 0.5 + np.sqrt(0.125), 0.5, 0.5 - np.sqrt(0.125)], rtol=1e-5)
+    assert 0 < found[-1] < 1e-3
+    assert np.all(np.diff(found) < 0)
+
+
+@pytest.mark.parametrize("name", ["step", "cosine"])
+def test_the_warm_up_climbs_from_above_zero_to_the_peak(name):
+    found = rates(100, schedule=name, warmup=0.1)
+    np.testing.assert_allclose(found[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    assert found[10] == 1 == found.max()
+    if name == "step":  # the milestones are still fractions of the whole training
+        np.testing.assert_allclose(found[[49, 50, 74, 75]], [1, 0.1, 0.1, 0.01], rtol=1e-6)
+    else:
+        np.testing.assert_allclose(found[55], 0.5, rtol=1e-6)  # half-way between the end of the warm-up and of training
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", ["step", "cosine"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 0.9])
+def test_short_runs_have_a_rate_for_every_step(steps, name, warmup):
+    found = rates(steps, schedule=name, warmup=warmup)
+    assert np.all((found > 0) & (found <= 1))
+    assert found[0] > 0.09
+
+
+def test_milestones_that_fall_on_one_step_all_count():
+    np.testing.assert_allclose(rates(3, schedule="step", milestones=(0.5, 0.75)), [1, 1, 0.01], rtol=1e-6)
