@@ -85,7 +85,8 @@ def _parse(argv: list[str]) -> list[str]:
         raise InputError(f'"{rest[1]}" is not a flag; flags begin with -- and take their value after =')
     if file and not isinstance(flags.FLAGS.config, Mapping | config_dict.ConfigDict):
         # Where the config file itself meets an OSError, ml_collections keeps it for later.
-        raise _explained(getattr(flags.FLAGS.config, "_error", None) or ValueError(), file) or _not_a_config(file)
+        kept = getattr(flags.FLAGS.config, "_error", None)
+        raise kept and _explained(kept, file) or _not_a_config(file)
     return rest
 
 
@@ -101,7 +102,7 @@ def _overrides(argv: list[str]) -> list[str]:
     return [re.sub(r"^(--?config\.method)(?==|$)", r"\1.name", argument) for argument in result]
 
 
-def _check_config(argv: list[str]) -> str | None:
+def _check_config(argv: list[str]) -> str:
     """Returns the path of the config file, or raises InputError where ml_collections would say less about it."""
     file = None
     for argument, following in zip(argv[1:], [*argv[2:], ""]):
@@ -139,12 +140,13 @@ def _explained(error: Exception, file: str | None) -> InputError | None:
         if isinstance(cause, InputError):
             return cause
     for cause in reversed(chain):
-        stack = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(cause.__traceback__)]
-        lines = [line for name, line in stack if name == file]
-        if isinstance(cause, SyntaxError) and cause.filename == file:
+        stack = [(pathlib.Path(frame.filename).resolve(), frame.lineno)
+                 for frame in traceback.extract_tb(cause.__traceback__)]
+        lines = [line for path, line in stack if file and path == pathlib.Path(file).resolve()]
+        if isinstance(cause, SyntaxError) and file and cause.filename and pathlib.Path(cause.filename).samefile(file):
             return InputError(f"{file}, line {cause.lineno}: {cause.msg}")
         # An exception that left the config file for jaxrd is a bug of jaxrd.
-        if lines and pathlib.Path(configs.__file__).parent not in pathlib.Path(stack[-1][0]).parents:
+        if lines and pathlib.Path(configs.__file__).parent not in stack[-1][0].parents:
             message = cause.args[0] if cause.args and isinstance(cause.args[0], str) else str(cause)
             last = re.split(r"\n|\\n", message)[-1]  # ml_collections quotes whole tracebacks and dictionaries
             return InputError(f"{file}, line {lines[-1]}: {type(cause).__name__}: {last}")
@@ -153,7 +155,8 @@ def _explained(error: Exception, file: str | None) -> InputError | None:
         return _not_a_config(file)
     if file and isinstance(cause, TypeError) and "get_config()" in str(cause):
         return InputError(f"{file}: {cause}; what follows the colon of --config is given to get_config(argument)")
-    if isinstance(error, flags.Error) or pathlib.Path(flags.__file__).parent in pathlib.Path(stack[-1][0]).parents:
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if isinstance(error, flags.Error) or pathlib.Path(flags.__file__).parent in pathlib.Path(raised_in).parents:
         return InputError(re.sub("invalid literal for int.*", "it must be a whole number", str(error)))
     return None
 

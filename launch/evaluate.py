@@ -35,7 +35,8 @@ def main() -> None:
     step = int(_STEP.value) if _STEP.value.isdigit() else _STEP.value
     for workdir in _WORKDIR.value:
         evaluate.evaluate(
-            workdir, _ATTACKS.value, step=step, split=_SPLIT.value, teacher=_TEACHER.value, seed=_SEED.value, batch_size=_BATCH_SIZE.value)
+            workdir, _ATTACKS.value, step=step, split=_SPLIT.value, teacher=_TEACHER.value, seed=_SEED.value,
+            batch_size=_BATCH_SIZE.value)
         report.write([workdir], pathlib.Path(workdir) / "report.html")
     print()
     print(report.table(_WORKDIR.value))

@@ -57,10 +57,10 @@ def tiny_config(tiny_arrays):
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tiny_config, tmp_path_factory):
-    """The run directory of a teacher, forty steps old; read only."""
+    """The run directory of a teacher, 200 steps old, with a checkpoint of its 100th; read only."""
     from jaxrd.training import loop
 
     workdir = tmp_path_factory.mktemp("teacher") / "run"
-    config = tiny_config(training={"steps": 40, "checkpoint_every": 20, "log_every": 20})
+    config = tiny_config(training={"steps": 200, "checkpoint_every": 100, "log_every": 100})
     loop.train(config, workdir, devices=jax.devices()[:1])
     return workdir

@@ -62,6 +62,14 @@ def evaluate(
         raise InputError(
             f"{workdir}: its model takes images {model.image_shape} of {model.classes} classes, {source.name} has "
             f"{source.image_shape} of {source.classes}; evaluate it on the data it was trained on")
+    teacher = config.teacher or teacher
+    if teacher and pathlib.Path(teacher).resolve() == workdir.resolve():
+        teacher = ""  # the teacher itself, listed among its students
+    if teacher:  # before the attacks: a missing one should not cost them
+        began_with = origin["teacher_step"] if config.teacher else None
+        teacher_model, teacher_variables, teacher_origin = checkpoint.restore_model(
+            teacher, "last" if began_with is None else began_with)
+        loop.check_teacher(teacher, teacher_model, model)
     threat = config.threat.build()
     shared = {"mesh": mesh, "seed": seed, "batch_size": batch_size}
 
@@ -82,12 +90,10 @@ def evaluate(
         "accuracy": {name: result.accuracy for name, result in results.items()},
         "attacks": {name: _definition(protocol, threat.epsilon) for name, protocol in chosen.items()},
     }
-    if config.teacher:
-        teacher, teacher_variables, _ = checkpoint.restore_model(
-            config.teacher, "last" if origin["teacher_step"] is None else origin["teacher_step"])
-        loop.check_teacher(config.teacher, teacher, model)
+    if teacher:
         record["alignment"] = robustness.gradient_alignment(
-            model, variables, teacher, teacher_variables, source, mesh=mesh, batch_size=batch_size)
+            model, variables, teacher_model, teacher_variables, source, mesh=mesh, batch_size=batch_size)
+        record["alignment"] |= {"teacher": teacher, "teacher_step": teacher_origin["step"]}
     radii = [fraction * threat.epsilon for fraction in _CURVE]
     if threat.norm == "linf":
         radii = [radius for radius in radii if radius <= 1]
@@ -112,7 +118,7 @@ def _definition(protocol: robustness.Protocol, epsilon: float) -> dict[str, Any]
 def _write_gallery(workdir, model, variables, source, threat, result, shared) -> None:
     """Keeps one image per class (up to ten) with its adversarial twin and the predictions for both."""
     _, rows = np.unique(source.labels, return_index=True)
-    rows = np.sort(rows[:_GALLERY_IMAGES])
+    rows = rows[:_GALLERY_IMAGES]
     picked = Source(source.images[rows], source.labels[rows], source.classes, source.name)
     images = picked.batch(np.arange(len(rows)))["images"]
     images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images

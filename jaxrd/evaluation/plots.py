@@ -162,7 +162,10 @@ def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None
             _draw(axis, row, series, percent=accuracy)
         kind, _, name = key.partition("/")
         name = name.replace("_", " ").replace("pgd", "PGD")
-        title = ("Validation " if kind == "validation" else "Training " if name == "loss" else "Loss term: ") + name
+        if key == "train/gradient_norm":
+            title = "Gradient norm of the loss"
+        else:
+            title = ("Validation " if kind == "validation" else "Training " if name == "loss" else "Loss term: ") + name
         _tidy(axis, title + (", %" if accuracy else ""))
         axis.set_xlabel("step")
         if accuracy:

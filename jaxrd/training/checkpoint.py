@@ -146,7 +146,8 @@ def restore_model(workdir: str | pathlib.Path, step: int | str = "last") -> tupl
         steps = checkpoints.steps
         chosen = {"last": max(steps, default=None), "best": checkpoints.best_step}.get(step, step)
         if chosen not in steps:
-            raise InputError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}, and best and last")
+            raise InputError(
+                f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}, and best and last")
         return checkpoints.restore_variables(chosen)
 
 

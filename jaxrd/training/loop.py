@@ -113,7 +113,10 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
                 log.train(step, train_metrics, float(learning_rate(step - 1)))
                 pending = []
             if due or last:
-                validation = validate(recipe.student, state.variables, dataset.validation, recipe.inner.threat, mesh)
+                try:
+                    validation = validate(recipe.student, state.variables, dataset.validation, recipe.inner.threat, mesh)
+                except InputError as error:  # logits that are not finite: the last update was one step too far
+                    raise _diverged(f"validation after step {step}: {error}", config, checkpoints) from None
                 log.validation(step, validation)
                 checkpoints.save(step, state, metadata, validation)
             elif stopping:
@@ -281,12 +284,16 @@ def _mean_metrics(pending: list[dict], step: int, config: Config, checkpoints) -
         # The gradient too: it can be NaN where the loss is not, and then the parameters are.
         for name, value in (("loss", metrics["loss"]), ("gradient", metrics["gradient_norm"])):
             if not np.isfinite(value):
-                checkpoints.wait()
-                saved = f"step {checkpoints.steps[-1]} is saved" if checkpoints.steps else "nothing is saved yet"
-                raise InputError(
-                    f"the {name} of step {number} is {value}; {saved}; lower config.optimizer.learning_rate "
-                    f"(now {config.optimizer.learning_rate}) or the weights of the method's terms")
+                raise _diverged(f"the {name} of step {number} is {value}", config, checkpoints)
     return {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
+
+
+def _diverged(what: str, config: Config, checkpoints) -> InputError:
+    checkpoints.wait()
+    saved = f"step {checkpoints.steps[-1]} is saved" if checkpoints.steps else "nothing is saved yet"
+    return InputError(
+        f"{what}; {saved}; lower config.optimizer.learning_rate (now {config.optimizer.learning_rate}) or the weights of the "
+        "method's terms")
 
 
 class _StopSignal:

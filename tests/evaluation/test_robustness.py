@@ -118,6 +118,12 @@ def test_accuracy_of_a_linear_model_is_exact(norm, name):
     assert accuracies[0] - accuracies[-1] > 0.3 and accuracies[-1] > 0
 
 
+@pytest.mark.parametrize("steps", [3, robustness._CHUNK + 2])
+def test_an_attack_takes_the_steps_of_its_protocol(steps):
+    moved = linear(Protocol(("cross_entropy",), steps, 0.05), LINF, batch_size=N).images - IMAGES
+    np.testing.assert_allclose(np.abs(moved), steps * 0.05 * LINF.epsilon, atol=1e-6)
+
+
 def test_clean_accuracy_leaves_the_images_alone():
     result = linear(PROTOCOLS["clean"], LINF, batch_size=16)
     np.testing.assert_array_equal(result.robust, MARGINS > 0)

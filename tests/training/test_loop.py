@@ -212,11 +212,11 @@ def test_a_resumed_run_keeps_the_teacher_that_it_began_with(config, finished, ti
     # The teacher's newest checkpoint was its first when this student began.
     teacher = tmp_path / "teacher"
     shutil.copytree(tiny_teacher, teacher)
-    later = teacher / "checkpoints" / "40"
+    later = teacher / "checkpoints" / "200"
     shutil.move(later, tmp_path / "later")
     moved = tiny_config(method={"name": "ard+igdm"}, teacher=str(teacher), training={"weight_average": 0.9, "keep": 9})
     whole = comparable(train(moved, tmp_path / "whole"))
-    assert checkpoint.restore_model(tmp_path / "whole")[2]["teacher_step"] == 20
+    assert checkpoint.restore_model(tmp_path / "whole")[2]["teacher_step"] == 100
 
     workdir = back_to(tmp_path / "whole", tmp_path / "run", 2)
     shutil.move(tmp_path / "later", later)
@@ -224,8 +224,8 @@ def test_a_resumed_run_keeps_the_teacher_that_it_began_with(config, finished, ti
     assert not np.allclose(whole.params["linear"]["kernel"], finished[1].params["linear"]["kernel"], atol=1e-4)
 
     workdir = back_to(tmp_path / "whole", tmp_path / "lost", 2)
-    shutil.rmtree(teacher / "checkpoints" / "20")
-    with pytest.raises(InputError, match="begun with step 20 of its teacher .* now holds 40"):
+    shutil.rmtree(teacher / "checkpoints" / "100")
+    with pytest.raises(InputError, match="begun with step 100 of its teacher .* now holds 200"):
         train(moved, workdir)
 
 
@@ -323,14 +323,16 @@ def test_a_killed_process_loses_at_most_the_work_since_its_last_checkpoint(confi
     workdir = tmp_path / "run"
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     program = textwrap.dedent("""
-        import json, os, signal, sys
+        import json, os, signal
+        import jax
         from jaxrd.config import Config
         from jaxrd.training import checkpoint, loop, parallel
         parallel.enable_compilation_cache()
         def kill():
             os.kill(os.getpid(), signal.SIGKILL)
         """) + textwrap.dedent(KILL[moment]) + textwrap.dedent(f"""
-        loop.train(Config.from_dict(json.load(open({str(tmp_path / "config.json")!r}))), {str(workdir)!r})
+        config = Config.from_dict(json.load(open({str(tmp_path / "config.json")!r})))
+        loop.train(config, {str(workdir)!r}, devices=jax.devices()[:1])
         """)
     killed = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
@@ -372,5 +374,5 @@ def test_the_command_ends_on_sigterm_with_its_status_and_goes_on_when_called_aga
 
 
 def environment():
-    """One device in processes of our own; they find the package, and programs that this one has compiled."""
-    return os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    """For processes of our own: as many devices as here, so that they find the programs that this one has compiled."""
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(len(jax.devices())), "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,130 @@
+"""evaluation.json says what the checkpoint does: its numbers can be computed again from the run directory."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrd import models
+from jaxrd.errors import InputError
+from jaxrd.evaluation import evaluate as evaluation
+from jaxrd.training import loop
+
+ATTACKS = "clean,fgsm,pgd20"
+
+
+@pytest.fixture(scope="module")
+def student(tiny_config, tiny_teacher, tmp_path_factory):
+    """A run that has learnt something, and whose teacher is at hand."""
+    workdir = tmp_path_factory.mktemp("student") / "run"
+    config = tiny_config(method={"name": "ard"}, teacher=str(tiny_teacher),
+                         training={"steps": 200, "checkpoint_every": 100, "log_every": 100})
+    loop.train(config, workdir, devices=jax.devices()[:1])
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def evaluated(student):
+    """(workdir, record, lines said)."""
+    lines = []
+    return student, evaluate(student, say=lines.append), lines
+
+
+def evaluate(workdir, attacks=ATTACKS, **options):
+    return evaluation.evaluate(workdir, attacks, **{"devices": jax.devices()[:1], "say": lambda _: None} | options)
+
+
+def test_the_record_is_what_stands_in_the_file(evaluated):
+    workdir, record, _ = evaluated
+    assert json.loads((workdir / "evaluation.json").read_text()) == record
+
+
+def test_the_record_names_the_run_the_data_and_the_attacks(evaluated, tiny_teacher):
+    workdir, record, lines = evaluated
+    assert set(record) == {"jaxrd", "run", "data", "threat", "accuracy", "attacks", "alignment", "robustness_curve", "seconds"}
+    assert record["run"] == {
+        "workdir": str(workdir), "method": "ard", "student": "resnet6_w4", "teacher": str(tiny_teacher), "seed": 0,
+        "parameters": models.parameter_count(models.restore(workdir)[1]), "step": 200, "checkpoint": "last",
+        "weights": "newest"}
+    assert record["data"] == {"name": "arrays", "split": "test", "examples": 40, "train_examples": 160}
+    assert record["threat"] == {"norm": "linf", "epsilon": 0.1, "bounds": [0.0, 1.0]}
+    assert set(record["accuracy"]) == set(record["attacks"]) == set(record["seconds"]) == {"clean", "fgsm", "pgd20"}
+    assert record["attacks"]["pgd20"]["steps"] == 20
+    assert record["attacks"]["pgd20"]["step_size"] == pytest.approx(0.025)
+    assert [line.split()[1] for line in lines] == ["clean", "fgsm", "pgd20"]
+    assert (record["alignment"]["teacher"], record["alignment"]["teacher_step"]) == (str(tiny_teacher), 200)
+    curve = record["robustness_curve"]
+    assert curve["attack"] == "pgd20" and curve["epsilon"][0] == 0 and 0.1 in curve["epsilon"]
+    at = dict(zip(curve["epsilon"], curve["accuracy"], strict=True))
+    assert at[0] == record["accuracy"]["clean"] and at[0.1] == record["accuracy"]["pgd20"]
+
+
+def test_the_accuracy_is_that_of_the_restored_model(evaluated, tiny_arrays):
+    workdir, record, _ = evaluated
+    logits_fn = models.logits_fn(*models.restore(workdir))
+    with np.load(tiny_arrays.split(",")[1]) as test:
+        correct = np.argmax(logits_fn(test["images"].astype(np.float32) / 255), axis=-1) == test["labels"]
+    assert record["accuracy"]["clean"] == pytest.approx(correct.mean())
+    assert 0.2 < record["accuracy"]["pgd20"] + 0.1 < record["accuracy"]["clean"]  # the attack has something to take
+
+
+def test_the_gallery_shows_one_image_of_each_class_and_what_the_model_says_of_it(evaluated, tiny_arrays):
+    workdir, record, _ = evaluated
+    logits_fn = models.logits_fn(*models.restore(workdir))
+    with np.load(workdir / "evaluation" / "gallery.npz") as gallery:
+        assert sorted(gallery["labels"]) == list(range(10))
+        for images, predicted in (("images", "clean_prediction"), ("adversarial", "adversarial_prediction")):
+            np.testing.assert_array_equal(np.argmax(logits_fn(gallery[images]), axis=-1), gallery[predicted])
+        distance = np.abs(gallery["adversarial"] - gallery["images"]).max(axis=(1, 2, 3))
+        assert np.all(distance <= 0.1 + 1e-6) and np.all(distance > 0.05)
+        assert gallery["adversarial"].min() >= 0 and gallery["adversarial"].max() <= 1
+        assert str(gallery["attack"]) == "pgd20"
+        with np.load(tiny_arrays.split(",")[1]) as test:
+            for image, label in zip(gallery["images"], gallery["labels"], strict=True):
+                alike = np.all(np.isclose(test["images"] / 255, image, atol=1e-6), axis=(1, 2, 3))
+                assert label in test["labels"][alike]
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 7}, {"devices": None, "batch_size": 16}])
+def test_neither_batch_size_nor_devices_change_a_number(evaluated, tmp_path, options):
+    workdir, record, _ = evaluated
+    shutil.copytree(workdir, tmp_path / "run")
+    found = evaluate(tmp_path / "run", **options)
+    assert found["accuracy"] == record["accuracy"]
+    assert found["robustness_curve"] == record["robustness_curve"]
+    for name in ("gradient_distance", "gradient_cosine"):
+        assert found["alignment"][name] == pytest.approx(record["alignment"][name], rel=1e-4)
+
+
+def test_a_student_that_is_its_teacher_is_aligned_with_it(evaluated, tiny_teacher, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "run")
+    found = evaluate(tmp_path / "run", "clean", teacher=str(tiny_teacher))["alignment"]
+    assert found["gradient_cosine"] == pytest.approx(1, abs=1e-5)
+    assert found["gradient_distance"] == pytest.approx(0, abs=1e-6)
+    other = evaluated[1]["alignment"]
+    assert other["gradient_cosine"] < 0.95 and other["gradient_distance"] > 1e-3
+
+
+def test_without_a_teacher_there_is_no_alignment_and_without_pgd_a_gallery_all_the_same(tiny_teacher, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "run")
+    record = evaluate(tmp_path / "run", ["clean"], split="validation", step=100)
+    assert "alignment" not in record
+    assert (record["run"]["step"], record["run"]["checkpoint"]) == (100, "100")
+    assert (record["data"]["split"], record["data"]["examples"]) == ("validation", 40)
+    with np.load(tmp_path / "run" / "evaluation" / "gallery.npz") as gallery:
+        assert np.abs(gallery["adversarial"] - gallery["images"]).max() <= 0.1 + 1e-6
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"attacks": "clean,pdg20"}, "pdg20"),
+    ({"split": "train"}, '"train"'),
+    ({"step": 77}, "step 77"),
+])
+def test_what_cannot_be_evaluated_is_one_line_and_leaves_the_file_alone(evaluated, options, message):
+    workdir, record, _ = evaluated
+    with pytest.raises(InputError, match=message) as caught:
+        evaluate(workdir, **options)
+    assert "\n" not in str(caught.value)
+    assert json.loads((workdir / "evaluation.json").read_text()) == record
