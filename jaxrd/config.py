@@ -84,6 +84,11 @@ class TrainingConfig:
     log_every: int = _field(50, "steps between two lines of the log")
     checkpoint_every: int | None = _field(None, "steps between two validations and checkpoints; None: 10 per run")
     keep: int = _field(2, "newest checkpoints kept, besides the best one by validation PGD accuracy")
+    writers: str = _field("", '"tensorboard", "wandb" or both, comma-separated, besides metrics.jsonl (each an extra)')
+
+    @property
+    def writer_names(self) -> list[str]:
+        return [name.strip() for name in self.writers.split(",") if name.strip()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,6 +357,7 @@ def _check(config: Config) -> None:
     need(training.log_every > 0, "training.log_every", "above 0")
     need(training.checkpoint_every is None or training.checkpoint_every > 0, "training.checkpoint_every", "above 0 or None")
     need(training.keep > 0, "training.keep", "above 0")
+    need({*training.writer_names} <= {"tensorboard", "wandb"}, "training.writers", 'empty, "tensorboard", "wandb" or both')
     need(config.method.rslad_scale > 0, "method.rslad_scale", "above 0")
 
     try:

@@ -11,6 +11,7 @@ import jax
 from tqdm import tqdm
 
 from jaxrd.config import Config
+from jaxrd.training.writers import open_writers
 
 
 class Log:
@@ -26,6 +27,7 @@ class Log:
         self._seconds_before = max((entry.get("seconds", 0.0) for entry in kept), default=0.0)
         if self._main:
             write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._writers = open_writers(workdir, config, resumed_at=resumed_at) if self._main else []
         self._file = open(path, "a") if self._main else None
         self._began = time.perf_counter()
         self._begin_interval(resumed_at)
@@ -37,6 +39,8 @@ class Log:
 
     def close(self) -> None:
         self._bar.close()
+        for writer in self._writers:
+            writer.close()
         if self._file:
             self._file.close()
 
@@ -89,6 +93,8 @@ class Log:
         if self._file:
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
+        for writer in self._writers:
+            writer.write(entry["step"], {name: value for name, value in entry.items() if name != "step"})
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -329,7 +329,7 @@ LATE = {
     "teacher_shape": ["config.teacher", "(8, 8, 1)", "(7, 7, 1)"],
     "attack": ['"pdg20"', "pgd20"],
     "split": ['"train"', '"test" or "validation"'],
-    "step": ["no checkpoint of step 7", "there are 20, 40"],
+    "step": ["no checkpoint of step 7", "there are "],
     "evaluate_damaged": ["arrays/checkpoints/", "damaged"],
     "evaluate_empty": ["/empty: no finished checkpoint"],
 }
@@ -359,9 +359,9 @@ def test_a_diverging_run_stops_in_one_line_and_keeps_what_it_saved(tmp_path, tin
     from jaxrd import models
 
     done = subprocess.run(command(f"--workdir={tmp_path}", f"--config.data.arrays={tiny_arrays}",
-                                  "--config.training.steps=60", "--config.optimizer.learning_rate=1e8"),
+                                  "--config.training.steps=60", "--config.optimizer.learning_rate=1e4"),
                           cwd=ROOT, env=environment(), capture_output=True, text=True)
-    check_one_line((done.returncode, "", done.stderr), " is saved; lower", "config.optimizer.learning_rate (now 100000000.0)")
+    check_one_line((done.returncode, "", done.stderr), " is saved; lower", "config.optimizer.learning_rate (now 10000.0)")
     assert "nothing" not in done.stderr
     _, variables = models.restore(tmp_path)
     assert all(np.all(np.isfinite(leaf)) for leaf in variables["params"]["conv1"].values())

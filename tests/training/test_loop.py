@@ -318,7 +318,8 @@ KILL = {
 }
 
 
-@pytest.mark.parametrize("moment", KILL)
+@pytest.mark.parametrize("moment", [
+    "during a save", *(pytest.param(moment, marks=pytest.mark.slow) for moment in KILL if moment != "during a save")])
 def test_a_killed_process_loses_at_most_the_work_since_its_last_checkpoint(config, finished, tmp_path, moment):
     workdir = tmp_path / "run"
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
