@@ -308,6 +308,8 @@ def _convert(kind: Any, value: Any, path: str):
         except InputError:
             raise wrong from None
     if kind is str:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # a directory named 2024 reaches us as a number
         if not isinstance(value, str):
             raise wrong
         return value

@@ -64,7 +64,7 @@ def config_with(path, value):
 
 @pytest.mark.parametrize("path, value, words", [
     ("seed", 1.5, "whole number"), ("seed", True, "whole number"), ("seed", -1, "[0, 2**32)"), ("seed", 2**32, "[0, 2**32)"),
-    ("seed", None, "whole number"), ("student", 5, "text"), ("student", "resnt18", 'did you mean "resnet18"?'),
+    ("seed", None, "whole number"), ("student", 5.5, "text"), ("student", "resnt18", 'did you mean "resnet18"?'),
     ("dtype", "float16", "bfloat16"), ("data.flip", 1, "true or false"), ("data.flip", "maybe", "true or false"),
     ("data.examples", 0, "above 0"), ("data.examples", "8/3", "whole number or None"),
     ("data.validation_fraction", 1, "between 0 and 1"), ("data.shift", -1, "0 or above"),

@@ -202,10 +202,16 @@ def open_arrays(
       A `DataSet`.
 
     Raises:
-      InputError: if a file is missing, damaged or holds something else.
+      InputError: if a file is missing, damaged or holds something else, train skips a class or test has one more.
     """
     _check_fraction(validation_fraction)
-    train, test = (from_arrays(*_read_npz(path), name=os.fspath(path)) for path in (train_path, test_path))
+    train = from_arrays(*_read_npz(train_path), name=os.fspath(train_path))
+    # The largest label decides how many classes there are, so a stray one must not pass for a class.
+    missing = np.setdiff1d(np.arange(train.classes), train.labels)
+    if len(missing):
+        raise InputError(f"{train.name}: labels reach {train.labels.max()}, but no image has label {missing[0]}: "
+                         "number the classes from 0 without gaps")
+    test = from_arrays(*_read_npz(test_path), classes=train.classes, name=os.fspath(test_path))
     return _data_set("arrays", {"train": train, "test": test}, validation_fraction)
 
 
@@ -249,8 +255,9 @@ def _check_fraction(validation_fraction: float) -> None:
 
 def _check_images(images: np.ndarray, name: str) -> None:
     if images.ndim != 4 or 0 in images.shape:
-        hint = "add the channel axis with images[..., None]" if images.ndim == 3 else "pass them as"
-        raise InputError(f"{name}: images have shape {images.shape}: {hint} [n, height, width, channel], none 0")
+        hint = "; add the channel axis with images[..., None]" if images.ndim == 3 else ""
+        raise InputError(
+            f"{name}: images have shape {images.shape}: pass them as [n, height, width, channel], none of them 0{hint}")
     if images.shape[1] in (1, 3) and images.shape[3] > 4:
         raise InputError(f"{name}: images {images.shape} have their channel first: use images.transpose(0, 2, 3, 1)")
     if images.dtype == np.uint8:

@@ -166,9 +166,14 @@ def test_open_arrays_splits_a_stratified_validation_part_off(npz):
     assert (open_arrays(*npz, validation_fraction=0.2).validation.images == data.validation.images).all()
 
 
-def test_open_arrays_takes_the_classes_of_both_parts(npz):
-    np.savez(npz[1], images=images_of(2), labels=[6, 0])
-    assert {open_arrays(*npz).train.classes, open_arrays(*npz).test.classes} == {7}
+def test_open_arrays_takes_the_classes_from_train_and_no_stray_label_for_a_class(npz):
+    train, test = npz
+    classes = open_arrays(*npz).train.classes
+    assert open_arrays(*npz).test.classes == classes
+    np.savez(test, images=images_of(2), labels=[classes, 0])
+    assert_input_error(lambda: open_arrays(*npz), test, f"[0, {classes})")
+    np.savez(train, images=images_of(4), labels=[0, 1, 9000, 1])
+    assert_input_error(lambda: open_arrays(*npz), train, "9000", "no image has label 2")
 
 
 @pytest.mark.parametrize("arrays", ["a.npz", "a.npz,", "a.npz,b.npz,c.npz", ","])
@@ -187,8 +192,8 @@ def test_open_arrays_rejects_bad_files(npz, tmp_path):
     assert_input_error(lambda: open_arrays(train, other), "(4, 4, 1)", "(8, 8, 1)")
     np.savez(other, images=np.array([None, 1], object), labels=[0, 1])
     assert_input_error(lambda: open_arrays(other, test), other)
-    np.savez(other, images=images_of(1), labels=[0])
-    assert_input_error(lambda: open_arrays(other, test), "none to train on")
+    np.savez(other, images=images_of(2), labels=[0, 1])
+    assert_input_error(lambda: open_arrays(other, other, validation_fraction=0.9), "none to train on")
     with open(other, "wb") as file:
         np.save(file, images_of(3))
     assert_input_error(lambda: open_arrays(other, test), other)

@@ -158,6 +158,24 @@ def test_validation_is_that_of_the_weights_that_are_kept(finished, config):
 # The same configuration, the same run.
 
 
+def test_every_step_trains_on_its_own_batch_of_the_seed(tiny_config, tmp_path, monkeypatch):
+    seen = []
+
+    def make_train_step(recipe, mesh):
+        def train_step(state, teacher_variables, batch):
+            seen.append({name: np.asarray(value) for name, value in batch.items()})
+            return state.replace(step=state.step + 1), {"loss": np.float32(1), "gradient_norm": np.float32(1)}
+        return train_step
+
+    monkeypatch.setattr(loop, "make_train_step", make_train_step)
+    config = tiny_config(seed=3, data={"examples": 50})
+    train(config, tmp_path / "run")
+    _, source = loop.open_data(config)
+    assert len(source) == 50 and len(seen) == 6
+    for step, batch in enumerate(seen):
+        chex.assert_trees_all_equal(batch, source.batch(source.indices(3, step, 16)))
+
+
 def test_two_runs_are_the_same(config, finished, tmp_path):
     chex.assert_trees_all_equal(comparable(train(config, tmp_path / "run")), finished[1])
     assert numbers(tmp_path / "run") == numbers(finished[0])
@@ -203,7 +221,8 @@ def test_a_finished_run_called_again_says_so_and_changes_nothing(config, finishe
 
 def test_a_checkpoint_that_a_kill_left_half_saved_is_cleaned_up(config, finished, tmp_path):
     workdir = back_to(finished[0], tmp_path / "run", 4)
-    shutil.copytree(workdir / "checkpoints" / "4", workdir / "checkpoints" / "6.orbax-checkpoint-tmp")
+    for step in (5, 6):  # one that is saved again, and one that is not
+        shutil.copytree(workdir / "checkpoints" / "4", workdir / "checkpoints" / f"{step}.orbax-checkpoint-tmp")
     chex.assert_trees_all_equal(comparable(train(config, workdir)), finished[1])
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]
 
