@@ -60,20 +60,22 @@ class Log:
     def train(self, step: int, metrics: dict[str, float], learning_rate: float) -> None:
         """Writes the metrics' means since the last entry, and the speed since then without validation and compilation."""
         now = time.perf_counter()
-        steps_per_second = (step - self._interval_step) / max(now - self._interval_began, 1e-9)
-        speed = self._batch_size * steps_per_second
-        eta = _duration((self._steps - step) / steps_per_second) if steps_per_second else "unknown"
+        timed = step - self._interval_step
+        speed = {"images_per_second": round(self._batch_size * timed / (now - self._interval_began), 1)} if timed else {}
         self._write({"step": step, "seconds": round(self._seconds_before + now - self._began, 3),
                      **{f"train/{name}": value for name, value in metrics.items()},
-                     "learning_rate": learning_rate, "images_per_second": round(speed, 1)})
+                     "learning_rate": learning_rate, **speed})
         terms = [f"{name} {value:.3f}" for name, value in metrics.items()
                  if not name.startswith("accuracy/") and name not in ("loss", "gradient_norm")]
         accuracy = [f"{name.removeprefix('accuracy/')} {value:.1%}" for name, value in metrics.items()
                     if name.startswith("accuracy/")]
         if "accuracy/clean" not in metrics and self._validation:
             accuracy.append(f"clean {self._validation['validation/clean_accuracy']:.1%} (validation)")
-        self.say(f"{self._position(step)}  loss {metrics['loss']:.4f} ({', '.join(terms)})  {', '.join(accuracy)}  "
-                 f"{speed:,.0f} images/s  ETA {eta}")
+        pace = "first step, compilation included"
+        if timed:
+            eta = _duration((self._steps - step) * (now - self._interval_began) / timed)
+            pace = f"{speed['images_per_second']:,.0f} images/s  ETA {eta}"
+        self.say(f"{self._position(step)}  loss {metrics['loss']:.4f} ({', '.join(terms)})  {', '.join(accuracy)}  {pace}")
         self._begin_interval(step)
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:

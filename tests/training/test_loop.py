@@ -251,7 +251,7 @@ def test_a_resumed_run_keeps_the_teacher_that_it_began_with(config, finished, ti
 # Interruptions.
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops_and_the_same_call_goes_on(config, finished, tmp_path, monkeypatch, capsys, name):
     workdir, number = tmp_path / "run", signal.Signals[name]
 

@@ -355,6 +355,5 @@ def test_four_devices_exchange_sums_and_nothing_else(name, record_property):
     found = collections.Counter(re.findall(
         r"= \S+ (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", program))
     record_property("all_reduces", found["all-reduce"])
-    print(name, dict(found))
     assert found["all-reduce"] > 0
     assert set(found) == {"all-reduce"}
