@@ -32,10 +32,10 @@ class Log:
         self._began = time.perf_counter()
         self._begin_interval(resumed_at)
         self._bar = tqdm(total=steps, initial=resumed_at, unit="step", leave=False, disable=not sys.stderr.isatty())
-        self.say(
-            f"{workdir}: {config.build_method().name}, {config.student}, seed {config.seed}, "
-            + (f"resumed after step {resumed_at} of {steps}" if resumed_at else f"{steps} steps")
-            + f" on {devices} {jax.default_backend()} device(s)")
+        if resumed_at < steps:
+            progress = f"resumed after step {resumed_at} of {steps}" if resumed_at else f"{steps} steps"
+            self.say(f"{workdir}: {config.build_method().name}, {config.student}, seed {config.seed}, {progress} "
+                     f"on {devices} {jax.default_backend()} device(s)")
 
     def close(self) -> None:
         self._bar.close()

@@ -1,0 +1,47 @@
+"""What the README and the config files tell a user to type is typed here."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "configs").glob("*.py"))]
+
+
+def commands(module):
+    """Every `python -m launch.MODULE ...` of the documents, continuation lines joined."""
+    text = "\n".join(path.read_text() for path in DOCUMENTS).replace("\\\n", " ")
+    return sorted({match.group().split(" #")[0].strip() for match in re.finditer(rf"python -m launch\.{module} .*", text)
+                   if "FILE" not in match.group()})
+
+
+@pytest.mark.parametrize("command", commands("train"))
+def test_every_training_command_is_a_valid_configuration(command):
+    arguments = shlex.split(command)[3:]
+    assert any(argument.startswith("--workdir=") for argument in arguments)
+    done = subprocess.run([sys.executable, "-m", "launch.train", *arguments, "--print_config"], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and "training.batch_size = " in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("module", ["evaluate", "benchmark"])
+def test_every_other_command_uses_flags_that_exist(module):
+    known = subprocess.run([sys.executable, "-m", f"launch.{module}", "--help"], cwd=ROOT, text=True, capture_output=True)
+    used = {word.split("=")[0] for command in commands(module) for word in shlex.split(command)[3:]}
+    assert used and all(re.search(rf"^\s+{flag}\b|\[?{flag}", known.stdout, re.M) for flag in used), known.stdout
+
+
+def test_the_notebook_example_runs(tiny_teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(compile(code.replace("runs/ard+igdm", str(tiny_teacher)), "README.md", "exec"), {})
+    assert 0 <= float(capsys.readouterr().out) <= 1
+
+
+def test_the_pictures_exist():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / path).is_file(), path
