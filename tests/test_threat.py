@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrd import InputError, ThreatModel
+from jaxrd import ThreatModel
 from jaxrd.threat import example_keys
+from tests.support import assert_input_error
 
 SHAPE = (6, 5, 2)
 THREATS = [ThreatModel("linf", 8 / 255), ThreatModel("linf", 0.3), ThreatModel("l2", 0.5), ThreatModel("l2", 3.0)]
@@ -34,15 +35,6 @@ def lengths(threat, deltas):
 def assert_inside(threat, images, points):
     assert (lengths(threat, np.asarray(points) - np.asarray(images)) <= threat.epsilon * (1 + ROUNDING) + ROUNDING).all()
     assert threat.bounds[0] <= points.min() and points.max() <= threat.bounds[1]
-
-
-def assert_input_error(call, *mentions):
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for mention in mentions:
-        assert mention in message, message
 
 
 @each_threat

@@ -1,6 +1,5 @@
 """The evaluation of one run directory: attacks, gradient alignment, a gallery, and evaluation.json, which holds them all."""
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any

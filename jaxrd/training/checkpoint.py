@@ -15,7 +15,6 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxrd import models
-from jaxrd.config import Config
 from jaxrd.errors import InputError
 from jaxrd.training.state import TrainState
 

@@ -124,6 +124,8 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
             if stopping and not last:
                 checkpoints.wait()
                 log.say(f"stopped by {stopping} after step {step}; the same command goes on from there")
+                if stopping == "SIGINT":
+                    raise KeyboardInterrupt
                 raise SystemExit(128 + signal.Signals[stopping].value)
     return state
 
@@ -297,7 +299,10 @@ def _diverged(what: str, config: Config, checkpoints) -> InputError:
 
 
 class _StopSignal:
-    """Turns SIGTERM and SIGUSR1 (a scheduler's warning) into a request that the loop honours after the step at hand."""
+    """Turns SIGTERM, SIGUSR1 (a scheduler's warning) and Ctrl-C into a request that the loop honours after the step at hand.
+
+    A KeyboardInterrupt in the middle of a save can leave orbax waiting for itself; a second Ctrl-C raises it all the same.
+    """
 
     def __init__(self):
         self.requested: str | None = None
@@ -306,7 +311,7 @@ class _StopSignal:
     def __enter__(self):
         # Signals reach the main thread only; a run in another thread of a notebook does without.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._request)
         return self
 
@@ -315,4 +320,6 @@ class _StopSignal:
             signal.signal(number, handler)
 
     def _request(self, number, _):
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
         self.requested = signal.Signals(number).name

@@ -14,6 +14,7 @@ from PIL import Image
 from jaxrd.data import open_dataset
 from jaxrd.data.digits import SPLITS, OfflineInfo, load_digits, split_indices
 from jaxrd.errors import InputError
+from tests.support import assert_input_error
 
 
 def parts_of(data):
@@ -43,15 +44,6 @@ def copy(prepared, tmp_path):
     """A copy of the prepared digits to damage: (data directory, directory of the prepared version)."""
     shutil.copytree(prepared, tmp_path / "tfds")
     return tmp_path / "tfds", tmp_path / "tfds" / "jaxrd_digits" / "1.0.0"
-
-
-def assert_input_error(call, *mentions):
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for mention in mentions:
-        assert mention in message, message
 
 
 def test_splits_are_disjoint_complete_and_stratified():

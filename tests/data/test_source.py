@@ -11,6 +11,7 @@ import pytest
 from jaxrd.data import from_arrays, open_arrays, open_dataset
 from jaxrd.data.source import stratified_order
 from jaxrd.errors import InputError
+from tests.support import assert_input_error
 
 
 def images_of(n, shape=(4, 4, 1), seed=0):
@@ -19,15 +20,6 @@ def images_of(n, shape=(4, 4, 1), seed=0):
 
 def source_of(n, classes=3):
     return from_arrays(images_of(n), np.random.default_rng(1).permutation(np.arange(n) % classes), classes=classes)
-
-
-def assert_input_error(call, *mentions):
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for mention in mentions:
-        assert mention in message, message
 
 
 @pytest.mark.parametrize("n, batch_size", [(12, 4), (10, 4), (7, 7), (5, 13), (1, 3)])

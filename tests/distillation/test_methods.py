@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from jaxrd import InputError, ThreatModel, distillation, objectives
+from jaxrd import ThreatModel, distillation, objectives
 from jaxrd.distillation.methods import BASES, Context, InnerMaximisation, Method, Term, method, with_igdm
 from jaxrd.distillation.views import ADVERSARIAL, CLEAN, MIRRORED, View
+from tests.support import assert_input_error
 
 BATCH, CLASSES = 8, 10
 GENERATOR = np.random.default_rng(0)
@@ -39,15 +40,6 @@ def loss_of(chosen, progress=HALFWAY):
 
 def names(views):
     return [view.name for view in views]
-
-
-def assert_input_error(call, *mentions):
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for mention in mentions:
-        assert mention in message, message
 
 
 def test_pgd_at_is_the_adversarial_cross_entropy():
