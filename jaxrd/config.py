@@ -28,6 +28,10 @@ def _field(default, doc: str):
     return dataclasses.field(default=default, metadata={"doc": doc})
 
 
+# Fields that say how a run is watched and stored, not what it computes: a resumed run may change them.
+BOOKKEEPING = ("data.directory", "training.log_every", "training.checkpoint_every", "training.keep", "training.writers")
+
+
 @dataclasses.dataclass(frozen=True)
 class MethodConfig:
     name: str = _field("pgd_at", 'pgd_at, ard or rslad, each with "+igdm" or without')
@@ -42,7 +46,7 @@ class DataConfig:
     name: str = _field("jaxrd_digits", "name of a prepared TFDS data set; jaxrd_digits prepares itself")
     arrays: str = _field("", '"train.npz,test.npz" (keys images, labels) instead of a TFDS data set')
     directory: str = _field("", "where TFDS data sets lie; empty: TFDS's own default")
-    examples: int | None = _field(None, "train on this many images only, a stratified draw by the run's seed; None: all")
+    examples: int | None = _field(None, "train on this many images only, equally many of each class, drawn by the seed; None: all")
     validation_fraction: float = _field(0.1, "part of the training split set aside where a data set has no validation split")
     shift: int = _field(0, "random pad-and-crop, in pixels (papers: 4 on CIFAR)")
     flip: bool = _field(False, "random horizontal flips")
@@ -72,7 +76,7 @@ class OptimizerConfig:
     weight_decay: float = _field(5e-4, "coupled weight decay, on all parameters")
     schedule: str = _field("step", '"step" (papers: divided by 10 at the milestones) or "cosine"')
     milestones: tuple[float, ...] = _field((0.5, 0.75), "fractions of training at which the rate is divided by 10")
-    warmup: float = _field(0.0, "fraction of training with a linear warm-up")
+    warmup: float = _field(0.0, "fraction of training with a linear warm-up, from the first step's small rate to the peak")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,13 +218,16 @@ def describe(config: Config) -> str:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
-    """Returns (field, old value, new value) of the first field in which two nested dicts differ, or None."""
+    """Returns (field, old value, new value) of the first field in which two nested dicts differ, or None.
+
+    `BOOKKEEPING` fields may differ.
+    """
     for name in sorted({*old, *new}):
         a, b = old.get(name), new.get(name)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             if found := difference(a, b, f"{prefix}{name}."):
                 return found
-        elif a != b:
+        elif a != b and f"{prefix}{name}" not in BOOKKEEPING:
             return f"{prefix}{name}", a, b
     return None
 

@@ -81,17 +81,25 @@ def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
 
 
 def l1_distance(target_logits: Array, logits: Array) -> Array:
-    """Returns ||softmax(target_logits) - softmax(logits)||_1, in [0, 2]."""
+    """Returns ||softmax(target_logits) - softmax(logits)||_1, [batch] in [0, 2]; both arguments [batch, classes]."""
     return jnp.sum(jnp.abs(_probability_difference(target_logits, logits)), axis=-1)
 
 
-def l2_distance(target_logits: Array, logits: Array) -> Array:
-    """Returns ||softmax(target_logits) - softmax(logits)||_2^2, in [0, 2]: squared, hence smooth where the two agree."""
+def squared_l2_distance(target_logits: Array, logits: Array) -> Array:
+    """Returns ||softmax(target_logits) - softmax(logits)||_2^2, [batch] in [0, 2]; both arguments [batch, classes].
+
+    Squared, hence smooth where the two agree.
+    """
     return jnp.sum(_probability_difference(target_logits, logits) ** 2, axis=-1)
 
 
 def correct(logits: Array, labels: Array) -> Array:
-    """Returns whether the largest logit is the true class (first index on ties), [batch] bool."""
+    """Returns whether the largest logit is the true class (the first index on ties), [batch] bool.
+
+    Args:
+      logits: [batch, classes].
+      labels: [batch] int, in [0, classes).
+    """
     _check(logits, labels)
     return jnp.argmax(logits, axis=-1) == labels
 

@@ -11,6 +11,7 @@ import numbers
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrd.errors import InputError
 
@@ -139,6 +140,23 @@ class ThreatModel:
             raise InputError(
                 f"attack step_size is {step_size:g} with epsilon {self.epsilon:g}; it must be above 0 and at most "
                 f"2 epsilon = {2 * self.epsilon:g} (were the two swapped?)")
+
+    def check_images(self, images: Array) -> None:
+        """Raises InputError where images are not [batch, h, w, c] floats inside the bounds.
+
+        The range is read from concrete arrays only; under a transformation there are no values to read.
+        """
+        if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(
+                f"images are {images.dtype}{list(images.shape)}; give float32 [batch, height, width, channel] in {self.bounds}")
+        if isinstance(images, jax.core.Tracer) or not images.size:
+            return
+        values = np.asarray(images)  # by numpy: under jit a jax function of a constant is traced too
+        low, high = float(values.min()), float(values.max())
+        if not (self.bounds[0] - 1e-6 <= low and high <= self.bounds[1] + 1e-6):
+            raise InputError(
+                f"images reach from {low:g} to {high:g}, outside {self.bounds}; divide 0..255 by 255, and leave normalisation "
+                "to the model")
 
     def distance(self, images: Array, points: Array) -> Array:
         """Returns ||points - images|| in this norm, [batch]."""

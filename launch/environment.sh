@@ -3,11 +3,12 @@
 
 environment() {
     extras=${1:-}
-    if [ -n "${VIRTUAL_ENV:-}" ] && "$VIRTUAL_ENV/bin/python" -c 'import jaxrd' 2>/dev/null; then
+    # Asked from elsewhere: in here the source tree itself would answer for an installation.
+    if [ -n "${VIRTUAL_ENV:-}" ] && (cd / && "$VIRTUAL_ENV/bin/python" -c 'import jaxrd, orbax.checkpoint') 2>/dev/null; then
         python=$VIRTUAL_ENV/bin/python # an environment of one's own that already has jaxrd
     else
         python=.venv/bin/python
-        if ! "$python" -c '' 2>/dev/null; then
+        if ! "$python" -m pip --version >/dev/null 2>&1; then
             base=
             for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
                 if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
@@ -22,6 +23,7 @@ environment() {
             echo "making .venv with $("$base" --version)"
             rm -rf .venv
             if ! "$base" -m venv .venv; then
+                rm -rf .venv
                 echo "error: $base cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
                 exit 1
             fi
@@ -36,7 +38,8 @@ environment() {
             exit 1
         fi
         cp setup.cfg "$stamp"
-    elif [ -n "$extras" ] && [ "$python" != .venv/bin/python ] && ! "$python" -c 'import pytest' 2>/dev/null; then
-        "$python" -m pip install --quiet -e ".[$extras]" || exit 1
+    elif [ "$extras" = test ] && ! "$python" -c 'import pytest' 2>/dev/null; then
+        echo "error: $VIRTUAL_ENV has jaxrd but not pytest; pip install -e '.[test]' there, or deactivate it" >&2
+        exit 1
     fi
 }

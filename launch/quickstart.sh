@@ -1,7 +1,8 @@
 #!/bin/sh
 # The main job from nothing, on real handwritten digits that come with scikit-learn: trains a robust teacher, then a small
-# student three ways (PGD-AT, ARD, ARD+IGDM), attacks all of them and writes a report. About four minutes on two CPU cores.
-# Run again, it finds its finished runs and only evaluates; delete runs/ to start over.
+# student three ways (PGD-AT, ARD, ARD+IGDM), attacks all of them and writes a report. Three to four minutes on two CPU cores.
+# Run again, it finds its finished runs and only evaluates; delete runs/ to start over. Outside of the repository it writes
+# the prepared digits (~/tensorflow_datasets or $TFDS_DATA_DIR) and compiled programs (~/.cache/jaxrd).
 #
 #   METHODS="pgd_at ard rslad+igdm" SEEDS="0 1 2" sh launch/quickstart.sh     other students, several seeds
 set -eu

@@ -56,10 +56,10 @@ def test_kl_divergence_of_a_certain_target_is_the_cross_entropy(float64):
 def test_soft_distances(float64):
     difference = scipy.special.softmax(TARGET, axis=1) - scipy.special.softmax(LOGITS, axis=1)
     np.testing.assert_allclose(tree(objectives.l1_distance, TARGET, LOGITS), np.abs(difference).sum(axis=1), rtol=1e-12)
-    np.testing.assert_allclose(tree(objectives.l2_distance, TARGET, LOGITS), (difference**2).sum(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(tree(objectives.squared_l2_distance, TARGET, LOGITS), (difference**2).sum(axis=1), rtol=1e-12)
     opposite = [1e3, 0.0], [0.0, 1e3]
     assert tree(objectives.l1_distance, *([row] for row in opposite)) == 2
-    assert tree(objectives.l2_distance, *([row] for row in opposite)) == 2
+    assert tree(objectives.squared_l2_distance, *([row] for row in opposite)) == 2
 
 
 def test_margin(float64):
@@ -149,7 +149,7 @@ def test_kl_gradients_are_their_closed_forms(float64):
 
 @pytest.mark.parametrize("name, arguments", [
     ("cross_entropy", "labels"), ("margin", "labels"), ("dlr", "labels"), ("targeted_dlr", "targets"),
-    ("kl_divergence", "logits"), ("l1_distance", "logits"), ("l2_distance", "logits")])
+    ("kl_divergence", "logits"), ("l1_distance", "logits"), ("squared_l2_distance", "logits")])
 def test_extreme_logits_give_finite_values_and_gradients(name, arguments):
     logits, labels = jnp.asarray(EXTREME), jnp.array([0, 0, 1, 3, 2])
     for more in {
@@ -178,7 +178,7 @@ def test_objectives_treat_examples_apart():
         assert whole.shape == (BATCH,)
         np.testing.assert_allclose(function(logits[3:9], labels[3:9]), whole[3:9], rtol=1e-6)
     target = jnp.asarray(TARGET, jnp.float32)
-    for function in (objectives.kl_divergence, objectives.l1_distance, objectives.l2_distance):
+    for function in (objectives.kl_divergence, objectives.l1_distance, objectives.squared_l2_distance):
         np.testing.assert_allclose(function(target[3:9], logits[3:9]), function(target, logits)[3:9], rtol=1e-5)
 
 

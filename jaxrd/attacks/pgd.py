@@ -7,7 +7,6 @@ logits, labels or teachers went into it is its own affair.
 import functools
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -37,8 +36,8 @@ def pgd(
 
     Args:
       key: one typed key, or [batch] typed keys (see `jaxrd.threat.example_keys`).
-      objective: images [batch, h, w, c] -> [batch]. Examples must not depend on each other (no batch-statistics mode),
-        else the gradient of one leaks into the next.
+      objective: images [batch, h, w, c] -> [batch]. Where examples depend on each other (BatchNorm by batch statistics),
+        each is moved for the good of the sum and not of its own.
       images: [batch, h, w, c] float32 inside the threat model's bounds.
       threat: the norm, radius and pixel bounds.
       step_size: length of one step in pixel units of [0, 1], at most 2 epsilon.
@@ -50,7 +49,8 @@ def pgd(
       [batch, h, w, c] float32, without gradient to anything.
 
     Raises:
-      InputError: a step size or start that makes no sense.
+      InputError: images of another rank, dtype or range (the range where it can be read: not under jit); a step size or
+        start that makes no sense.
     """
     points, _ = _walk(key, objective, images, threat, step_size, steps, start, descend, path=False)
     return points
@@ -90,7 +90,7 @@ def ascent_step(objective: Objective, images: Array, points: Array, threat: Thre
 
 
 def _walk(key, objective, images, threat, step_size, steps, start, descend, path):
-    chex.assert_rank(images, 4)
+    threat.check_images(images)
     threat.check_step_size(step_size)
     images = jax.lax.stop_gradient(images)
     signed = -step_size if descend else step_size

@@ -162,7 +162,7 @@ class Method:
 
 
 def linear_ramp(progress: Array) -> Array:
-    """The factor e/E of the IGDM paper (appendix B.2): 1/E after the first step, 1 after the last."""
+    """The factor e/E of the IGDM paper (appendix B.2), by steps where the paper goes by epochs: 1 in the last step."""
     return progress
 
 

@@ -12,10 +12,11 @@ from jaxrd.config import Config
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
-from jaxrd.training import checkpoint, loop
+from jaxrd.training import checkpoint, parallel
+from jaxrd.training.loop import check_teacher, open_data
 from jaxrd.training.log import write_json
 
-_GALLERY_ATTACK = "pgd20"
+_CURVE_ATTACK = _GALLERY_ATTACK = "pgd20"
 _GALLERY_IMAGES = 10
 _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # in units of the run's epsilon
 
@@ -39,7 +40,7 @@ def evaluate(
       attacks: names in `robustness.PROTOCOLS`, comma-separated or a list.
       step: "last" (the papers' protocol), "best" by validation PGD accuracy, or a step's number.
       split: "test", or "validation" while choosing anything.
-      teacher: run directory to measure the gradient alignment with, where the run has no teacher of its own.
+      teacher: run directory to measure the gradient alignment with; by default the run's own teacher, if it has one.
       seed: of the random starts.
       batch_size: images per batch, at most.
       devices: devices that share each batch; all by default.
@@ -52,23 +53,31 @@ def evaluate(
     chosen = robustness.protocols(attacks)
     if split not in ("test", "validation"):
         raise InputError(f'split is "{split}"; use "test" or "validation"')
-    mesh = loop.parallel.data_mesh(devices)
+    parallel.check_one_process()
+    mesh = parallel.data_mesh(devices)
     model, variables, origin = checkpoint.restore_model(workdir, step)
     config = Config.from_dict(origin["config"])
-    dataset, train_source = loop.open_data(config)
+    dataset, train_source = open_data(config)
     source: Source = getattr(dataset, split)
     if (source.classes, source.image_shape) != (model.classes, model.image_shape):
         raise InputError(
             f"{workdir}: its model takes images {model.image_shape} of {model.classes} classes, {source.name} has "
             f"{source.image_shape} of {source.classes}; evaluate it on the data it was trained on")
-    teacher = config.teacher or teacher
+    own_teacher = not teacher and bool(config.teacher)
+    teacher = teacher or config.teacher
     if teacher and pathlib.Path(teacher).resolve() == workdir.resolve():
         teacher = ""  # the teacher itself, listed among its students
     if teacher:  # before the attacks: a missing one should not cost them
-        began_with = origin["teacher_step"] if config.teacher else None
-        teacher_model, teacher_variables, teacher_origin = checkpoint.restore_model(
-            teacher, "last" if began_with is None else began_with)
-        loop.check_teacher(teacher, teacher_model, model)
+        began_with = origin["teacher_step"] if own_teacher else None
+        try:
+            teacher_model, teacher_variables, teacher_origin = checkpoint.restore_model(
+                teacher, "last" if began_with is None else began_with)
+            check_teacher(teacher, teacher_model, model)
+        except InputError as error:
+            if not own_teacher:
+                raise InputError(f"--teacher: {error}") from None
+            say(f"{workdir}: no gradient alignment: its teacher cannot be read ({error}); name one with --teacher")
+            teacher = ""
     threat = config.threat.build()
     shared = {"mesh": mesh, "seed": seed, "batch_size": batch_size}
 
@@ -93,11 +102,11 @@ def evaluate(
         record["alignment"] = robustness.gradient_alignment(
             model, variables, teacher_model, teacher_variables, source, mesh=mesh, batch_size=batch_size)
         record["alignment"] |= {"teacher": teacher, "teacher_step": teacher_origin["step"]}
-    radii = [fraction * threat.epsilon for fraction in _CURVE]
-    if threat.norm == "linf":
-        radii = [radius for radius in radii if radius <= 1]
-    record["robustness_curve"] = robustness.robustness_curve(
-        model, variables, source, threat, radii, name=_GALLERY_ATTACK, **shared)
+    if _CURVE_ATTACK in results:
+        radii = [fraction * threat.epsilon for fraction in _CURVE if threat.norm != "linf" or fraction * threat.epsilon <= 1]
+        known = {threat.epsilon: results[_CURVE_ATTACK].accuracy}
+        record["robustness_curve"] = robustness.robustness_curve(
+            model, variables, source, threat, radii, name=_CURVE_ATTACK, known=known, **shared)
     record["seconds"] = {name: round(result.seconds, 3) for name, result in results.items()}
     _write_gallery(workdir, model, variables, source, threat, results.get(_GALLERY_ATTACK), shared)
     write_json(workdir / "evaluation.json", record)

@@ -66,14 +66,14 @@ class Protocol:
 PROTOCOLS = {
     "clean": Protocol(description="Accuracy on the images as they are."),
     "fgsm": Protocol(("cross_entropy",), 1, 1.0, description=(
-        "One signed gradient step of length epsilon on the cross-entropy, from the clean image.")),
+        "One steepest gradient step of length epsilon on the cross-entropy, from the clean image.")),
     "pgd10": Protocol(("cross_entropy",), 10, 0.25, "uniform", description=(
         "10 steps of epsilon/4 on the cross-entropy, one uniform random start.")),
     "pgd20": Protocol(("cross_entropy",), 20, 0.25, "uniform", description=(
         "20 steps of epsilon/4 (2/255 at 8/255) on the cross-entropy, one uniform random start.")),
     "cw30": Protocol(("cw",), 30, 0.25, "uniform", description=(
-        "30 steps of epsilon/4 on the Carlini-Wagner margin (confidence 50), one uniform random start; the L-infinity form, "
-        "by projected gradient.")),
+        "30 steps of epsilon/4 on the Carlini-Wagner margin (confidence 50), one uniform random start; by projected gradient "
+        "inside the ball, not the minimum-norm attack of that name.")),
     "strong": Protocol(("cross_entropy", "margin"), 100, 0.1, "uniform", 3, description=(
         "Worst case per image over the clean image and six runs of 100 steps of epsilon/10: cross-entropy and margin, three "
         "uniform random starts each.")),
@@ -160,10 +160,20 @@ def run_attack(
 
 
 def robustness_curve(model, variables, source, threat: ThreatModel, radii: list[float], *, mesh, seed=0, batch_size=256,
-                     name: str = "pgd20") -> dict:
-    """Returns {"attack", "epsilon": [...], "accuracy": [...]}: accuracy under one attack at several radii, 0 being clean."""
+                     name: str = "pgd20", known: dict[float, float] | None = None) -> dict:
+    """Returns {"attack", "epsilon": [...], "accuracy": [...]}: accuracy under one attack at several radii, 0 being clean.
+
+    Args:
+      model, variables, source, threat, mesh, seed, batch_size: see `run_attack`.
+      radii: in the units of epsilon, 0 for the clean images.
+      name: the attack, one of `PROTOCOLS`.
+      known: radius -> accuracy that has been measured already.
+    """
     accuracy = []
     for radius in radii:
+        if known and radius in known:
+            accuracy.append(known[radius])
+            continue
         protocol = PROTOCOLS[name if radius else "clean"]
         at_radius = dataclasses.replace(threat, epsilon=radius) if radius else threat
         accuracy.append(run_attack(
@@ -197,9 +207,8 @@ def _batches(source: Source, indices: np.ndarray, batch_size: int, mesh) -> Iter
     for first in range(0, len(indices), size):
         part = indices[first:first + size]
         padded = np.resize(part, size)
-        batch = source.batch(padded) | {"index": padded.astype(np.int32)}
-        batch["images"] = np.asarray(to_float(batch["images"]), np.float32)
-        yield part, slice(0, len(part)), parallel.put_batch(batch, mesh)
+        batch = parallel.put_batch(source.batch(padded) | {"index": padded.astype(np.int32)}, mesh)
+        yield part, slice(0, len(part)), batch | {"images": to_float(batch["images"])}
 
 
 def _climb(model, variables, key, batch, objective: str, protocol: Protocol, threat: ThreatModel) -> Array:

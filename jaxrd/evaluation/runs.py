@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrd.config import BOOKKEEPING
 from jaxrd.errors import InputError
 from jaxrd.evaluation import plots
 from jaxrd.training.log import read_metrics
@@ -72,11 +73,9 @@ def aggregate(rows: Sequence[dict]) -> list[dict]:
     """
     collected = {}
     for row in rows:
-        # Data fields other than these two (the slice of the training images, say) may follow the seed.
-        settings = {key: value for key, value in row["config"].items() if key not in ("seed", "teacher", "workdir")
-                    and (not key.startswith("data.") or key in ("data.name", "data.examples"))}
-        key = (row["role"], row["method"], row["student"], row["data"], row["norm"], row["epsilon"],
-               json.dumps(settings, sort_keys=True, default=str))
+        settings = {key: value for key, value in row["config"].items() if key not in ("seed", "teacher", *BOOKKEEPING)}
+        key = (row["role"], row["method"], row["student"], row["data"], row["norm"], row["epsilon"], row["evaluated"],
+               _teacher_settings(row["teacher"]), json.dumps(settings, sort_keys=True, default=str))
         collected.setdefault(key, []).append(row)
     groups = [collapse(sorted(part, key=lambda row: row["seed"] if is_number(row["seed"]) else math.inf))
               for members in collected.values() for part in _apart(members, (_other_settings, _workdir))]
@@ -141,7 +140,9 @@ def to_rows(runs: Iterable[Run]) -> list[dict]:
         alignment = evaluation.get("alignment", {})
         rows.append({
             "workdir": str(run.workdir), "role": "student",
-            "method": str(_part(config, "method").get("name") or described.get("method") or "?"),
+            # What was built: an IGDM weight of its own may add the module to the name in the configuration, or remove it.
+            "method": str(described.get("method") or _part(config, "method").get("name") or "?"),
+            "evaluated": (data.get("split"), described.get("checkpoint")),
             "student": str(config.get("student") or described.get("student") or "?"),
             "parameters": described.get("parameters"),
             "data": str(data.get("name") or _part(config, "data").get("name") or "?"),
@@ -264,6 +265,15 @@ def _apart(rows, differences):
     for row in rows:
         parts.setdefault(differences[0](row), []).append(row)
     return [part for members in parts.values() for part in _apart(members, differences[1:])]
+
+
+def _teacher_settings(teacher):
+    """Returns what tells one teacher from another of another seed: its configuration, or its path where that is gone."""
+    path = Path(teacher) / "config.json"
+    if not (teacher and path.is_file()):
+        return teacher
+    settings = {key: value for key, value in flat(_json(path, "restore the file")).items() if key not in ("seed", "teacher")}
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _other_settings(row):

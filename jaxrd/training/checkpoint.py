@@ -218,6 +218,10 @@ def _damage_explained(where: pathlib.Path, culprit: Callable[[pathlib.Path], pat
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = " ".join(str(cause).split())[:160]
+        # Not every failure to read is damage, and advice to delete must not be given lightly.
+        if isinstance(cause, MemoryError | PermissionError) or any(
+                word in reason for word in ("RESOURCE_EXHAUSTED", "Out of memory", "PERMISSION_DENIED", "Permission denied")):
+            raise
         raise InputError(
             f"{culprit(where)}: this checkpoint is damaged ({type(cause).__name__}: {reason}); "
             "delete its directory to fall back on an earlier one, or train again") from None

@@ -1,8 +1,8 @@
 """The training loop of one run directory, resumable at any point.
 
 A run directory holds config.json, environment.json, metrics.jsonl and checkpoints/. The same call on a directory that holds
-checkpoints continues from the last one, to the same parameters as a run that was never interrupted: batches, augmentation and
-attacks are functions of (seed, step) alone, and the rest is in the state.
+checkpoints continues from the last one, to the same parameters as a run that was never interrupted (where the device's
+arithmetic is deterministic): batches, augmentation and attacks are functions of (seed, step) alone, and the rest is in the state.
 """
 
 import contextlib
@@ -44,8 +44,11 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
     Raises:
       InputError: `workdir` holds a run of another configuration; data, teacher or checkpoint are missing, damaged or do not
         fit; the loss stops being finite.
+      SystemExit: SIGTERM or SIGUSR1 came; the state was saved.
+      KeyboardInterrupt: Ctrl-C came; the state was saved.
     """
     workdir = pathlib.Path(workdir)
+    parallel.check_one_process()
     mesh = parallel.data_mesh(devices)
     parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh)
 
@@ -70,7 +73,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
         # 6. The log, cut back to that step.
         log = Log(workdir, config, recipe.steps, resumed_at=int(state.step), devices=mesh.size)
         # 7. The remaining steps.
-        metadata = {"config": config.to_dict(), "model": recipe.student.specification, "teacher_step": teacher_step,
+        metadata = {"config": config.to_dict(), "model": dict(recipe.student.specification), "teacher_step": teacher_step,
                     "jaxrd": jaxrd.__version__}
         try:
             return _run(
@@ -104,6 +107,9 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
                 # XLA's in-process collectives deadlock where several steps are in flight on fake devices.
                 jax.block_until_ready(metrics)
             pending.append(metrics)
+            if len(pending) > 2:
+                # Not far ahead of the device: a signal to stop waits for every step that is in flight.
+                jax.block_until_ready(pending[-3])
             log.advance(step)
             # Read once, so that a signal between two of the lines below cannot stop a run that was not saved.
             stopping = stop.requested
@@ -238,11 +244,10 @@ def check_claim(workdir: pathlib.Path, config: Config) -> None:
             raise InputError(f"{workdir} holds checkpoints but no config.json; choose another --workdir")
         return
     try:
-        old = json.loads(path.read_text())
+        # By way of `Config`, so that a field that is younger than the run counts as its default.
+        old = Config.from_dict(json.loads(path.read_text())).to_dict()
     except (OSError, ValueError):
-        old = None
-    if not isinstance(old, dict):
-        raise InputError(f"{path} is damaged; delete {workdir} or choose another --workdir")
+        raise InputError(f"{path} is damaged; delete {workdir} or choose another --workdir") from None
     if found := difference(old, config.to_dict()):
         field, before, now = found
         raise InputError(

@@ -39,6 +39,14 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
             f"use a multiple of {mesh.size}, such as " + (f"{below} or " if below else "") + f"{below + mesh.size}")
 
 
+def check_one_process() -> None:
+    """Raises InputError where JAX runs as several processes, which data loading and evaluation do not know yet."""
+    if jax.process_count() > 1:
+        raise InputError(
+            f"{jax.process_count()} processes: jaxrd runs in one process with any number of local devices so far; "
+            "start one process per run")
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns this process's part of a global batch as global arrays split over "data".
 

@@ -66,4 +66,4 @@ WRITERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def _missing(extra: str, package: str) -> InputError:
-    return InputError(f"config.training.writers names {extra}, but {package} is not installed: pip install 'jaxrd[{extra}]'")
+    return InputError(f"config.training.writers names {extra}, but {package} is not installed: pip install {package}")

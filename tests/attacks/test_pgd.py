@@ -9,6 +9,7 @@ import pytest
 
 from jaxrd import InputError, ThreatModel, attacks, objectives
 from jaxrd.threat import example_keys
+from tests.support import assert_input_error
 
 BATCH, SHAPE, CLASSES = 10, (4, 4, 1), 5
 SIZE = int(np.prod(SHAPE))
@@ -201,6 +202,11 @@ def test_arguments_that_make_no_sense(attack, changed, mentions):
         assert mention in str(caught.value)
 
 
-def test_images_need_four_axes():
-    with pytest.raises(AssertionError):
-        attacks.pgd(KEY, linear, IMAGES[0], threat=THREATS["linf"], step_size=0.03)
+@pytest.mark.parametrize("images, words", [
+    (IMAGES[0], ["float32[", "[batch, height, width, channel]"]),
+    ((255 * IMAGES).astype(jnp.uint8), ["uint8"]),
+    (255 * IMAGES, ["outside (0.0, 1.0)", "divide 0..255 by 255"]),
+    ((IMAGES - 0.5) / 0.25, ["outside (0.0, 1.0)", "normalisation"])])
+def test_images_of_another_rank_dtype_or_range_are_refused(images, words):
+    assert_input_error(
+        lambda: attacks.pgd(KEY, linear, images, threat=THREATS["linf"], step_size=0.03), *words)

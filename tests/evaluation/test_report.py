@@ -125,13 +125,45 @@ def test_runs_that_differ_in_more_than_their_seed_stay_apart(tmp_path):
         ("trades, 100 images", 1), ("trades, 200 images", 1)]
 
 
-def test_a_slice_of_the_data_may_follow_the_seed(tmp_path):
+def seeds_of_groups(tmp_path, edit):
+    """How many seeds each row holds, of two runs of different seeds whose files `edit(seed, config, evaluation)` changes."""
     workdirs = [make_run(tmp_path / str(seed), seed=seed, accuracy={"clean": 0.9}) for seed in range(2)]
     for seed, workdir in enumerate(workdirs):
-        config = json.loads((workdir / "config.json").read_text())
-        config["data"]["slice"] = seed
-        (workdir / "config.json").write_text(json.dumps(config))
-    assert [group["seeds"] for group in report.aggregate(report.summary(workdirs))] == [2]
+        files = {name: json.loads((workdir / name).read_text()) for name in ("config.json", "evaluation.json")}
+        edit(seed, *files.values())
+        for name, content in files.items():
+            (workdir / name).write_text(json.dumps(content))
+    return [group["seeds"] for group in report.aggregate(report.summary(workdirs))]
+
+
+def test_how_a_run_is_watched_does_not_set_it_apart(tmp_path):
+    assert seeds_of_groups(tmp_path, lambda seed, config, _: config["training"].update(log_every=10 + seed)) == [2]
+
+
+@pytest.mark.parametrize("edit", [
+    lambda seed, config, _: config["data"].update(shift=seed),
+    lambda seed, config, evaluation: evaluation["data"].update(split=("test", "validation")[seed]),
+    lambda seed, config, evaluation: evaluation["run"].update(checkpoint=("last", "best")[seed])])
+def test_other_data_splits_and_checkpoints_are_not_another_seed(tmp_path, edit):
+    assert seeds_of_groups(tmp_path, edit) == [1, 1]
+
+
+@pytest.mark.parametrize("steps, expected", [(600, [2]), (700, [1, 1])])
+def test_teachers_may_follow_the_seed_where_nothing_else_differs(tmp_path, steps, expected):
+    teachers = [make_run(tmp_path / f"teacher{seed}", "pgd_at", seed, {"clean": 0.9}) for seed in range(2)]
+    for teacher, length in zip(teachers, (600, steps)):
+        config = json.loads((teacher / "config.json").read_text())
+        config["training"]["steps"] = length
+        (teacher / "config.json").write_text(json.dumps(config))
+    assert seeds_of_groups(tmp_path, lambda seed, config, _: config.update(teacher=str(teachers[seed]))) == expected
+
+
+def test_the_method_is_what_was_built_and_not_what_it_was_asked_for_as(tmp_path):
+    workdir = make_run(tmp_path / "run", "ard", 0, {"clean": 0.9})
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    evaluation["run"]["method"] = "ard+igdm"
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+    assert report.summary([workdir])[0]["method"] == "ard+igdm"
 
 
 def test_table(runs):
