@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 import jaxrd
@@ -21,6 +22,8 @@ _GALLERY_IMAGES = 10
 _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # in units of the run's epsilon
 
 
+# Accelerators round the products of float32 convolutions by default, which masks gradients and moves predictions.
+@jax.default_matmul_precision("highest")
 def evaluate(
     workdir: str | pathlib.Path,
     attacks: str | list[str] = "clean,fgsm,pgd20,cw30,strong",
@@ -34,6 +37,8 @@ def evaluate(
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Evaluates a run's checkpoint, writes evaluation.json and evaluation/gallery.npz, and returns what the former holds.
+
+    Networks compute in float32 here, whatever they were trained in.
 
     Args:
       workdir: a run directory with a finished checkpoint.
@@ -56,6 +61,7 @@ def evaluate(
     parallel.check_one_process()
     mesh = parallel.data_mesh(devices)
     model, variables, origin = checkpoint.restore_model(workdir, step)
+    model = models.create(**model.specification | {"dtype": "float32"})
     config = Config.from_dict(origin["config"])
     dataset, train_source = open_data(config)
     source: Source = getattr(dataset, split)
@@ -72,6 +78,7 @@ def evaluate(
         try:
             teacher_model, teacher_variables, teacher_origin = checkpoint.restore_model(
                 teacher, "last" if began_with is None else began_with)
+            teacher_model = models.create(**teacher_model.specification | {"dtype": "float32"})
             check_teacher(teacher, teacher_model, model)
         except InputError as error:
             if not own_teacher:
@@ -91,7 +98,7 @@ def evaluate(
         "run": {
             "workdir": str(workdir), "method": config.build_method().name, "student": config.student,
             "parameters": models.parameter_count(variables), "teacher": config.teacher, "seed": config.seed,
-            "step": origin["step"], "checkpoint": str(step), "weights": origin["weights"]},
+            "step": origin["step"], "checkpoint": str(step), "weights": origin["weights"], "dtype": "float32"},
         "data": {"name": source.name.split("/")[0], "split": split, "examples": len(source),
                  "train_examples": len(train_source)},
         "threat": {"norm": threat.norm, "epsilon": threat.epsilon, "bounds": list(threat.bounds)},

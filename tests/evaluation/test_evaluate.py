@@ -47,7 +47,7 @@ def test_the_record_names_the_run_the_data_and_the_attacks(evaluated, tiny_teach
     assert record["run"] == {
         "workdir": str(workdir), "method": "ard", "student": "resnet6_w4", "teacher": str(tiny_teacher), "seed": 0,
         "parameters": models.parameter_count(models.restore(workdir)[1]), "step": 200, "checkpoint": "last",
-        "weights": "newest"}
+        "weights": "newest", "dtype": "float32"}
     assert record["data"] == {"name": "arrays", "split": "test", "examples": 40, "train_examples": 160}
     assert record["threat"] == {"norm": "linf", "epsilon": 0.1, "bounds": [0.0, 1.0]}
     assert set(record["accuracy"]) == set(record["attacks"]) == set(record["seconds"]) == {"clean", "fgsm", "pgd20"}
@@ -128,3 +128,29 @@ def test_what_cannot_be_evaluated_is_one_line_and_leaves_the_file_alone(evaluate
         evaluate(workdir, **options)
     assert "\n" not in str(caught.value)
     assert json.loads((workdir / "evaluation.json").read_text()) == record
+
+
+def test_a_bfloat16_student_is_scored_in_float32(tiny_config, tmp_path):
+    loop.train(tiny_config(dtype="bfloat16", training={"steps": 2}), tmp_path / "run", devices=jax.devices()[:1])
+    model, _ = models.restore(tmp_path / "run")
+    assert model.specification["dtype"] == "bfloat16"
+    record = evaluate(tmp_path / "run", "clean")
+    assert record["run"]["dtype"] == "float32" and "robustness_curve" not in record
+    file = np.load(tmp_path / "run" / "evaluation" / "gallery.npz")
+    exact = models.create(**model.specification | {"dtype": "float32"})
+    logits = models.logits_fn(exact, models.restore(tmp_path / "run")[1])(file["images"])
+    np.testing.assert_array_equal(np.argmax(logits, axis=-1), file["clean_prediction"])
+
+
+def test_a_teacher_that_is_gone_costs_the_alignment_and_nothing_else(student, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(student, workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    for path in workdir.glob("checkpoints/*/_CHECKPOINT_METADATA"):
+        path.write_text(path.read_text().replace(config["teacher"], str(tmp_path / "gone")))
+    lines = []
+    record = evaluate(workdir, "clean", say=lines.append)
+    assert "alignment" not in record and record["accuracy"]["clean"] > 0
+    assert "no such run directory" in lines[0] and "--teacher" in lines[0]
+    with pytest.raises(InputError, match="^--teacher: .*no such run directory"):
+        evaluate(workdir, "clean", teacher=str(tmp_path / "gone"))
