@@ -86,12 +86,12 @@ class Result:
 
     Attributes:
       robust: [n] bool, still classified correctly.
-      images: [n, h, w, c] float32, the adversarial images (of the last run that moved each).
+      images: [n, h, w, c] float32, the adversarial images (of the last run that moved each); None if not kept.
       seconds: wall time.
     """
 
     robust: np.ndarray
-    images: np.ndarray
+    images: np.ndarray | None
     seconds: float
 
     @property
@@ -120,6 +120,7 @@ def run_attack(
     mesh: jax.sharding.Mesh,
     seed: int = 0,
     batch_size: int = 256,
+    keep_images: bool = True,
 ) -> Result:
     """Attacks every image of `source`.
 
@@ -135,13 +136,14 @@ def run_attack(
       mesh: devices that share each batch.
       seed: of the random starts.
       batch_size: images per batch, at most; rounded so that batches are equal and the devices can share them.
+      keep_images: bring the adversarial images to the host; without, `Result.images` is None.
 
     Raises:
       InputError: the model gives logits that are not finite.
     """
     began = time.perf_counter()
     n = len(source)
-    adversarial = np.array(jax.device_get(to_float(source.images)), np.float32)
+    adversarial = np.array(jax.device_get(to_float(source.images)), np.float32) if keep_images else None
     robust = np.ones(n, bool)
     variables = jax.device_put(variables, parallel.replicated(mesh))
     key = jax.random.key(seed)
@@ -154,7 +156,8 @@ def run_attack(
         left = np.flatnonzero(robust) if worst_case else np.arange(n)
         for indices, rows, batch in _batches(source, left, batch_size, mesh):
             points = _climb(model, variables, run_key, batch, objective, protocol, threat)
-            adversarial[indices] = np.asarray(points)[rows]
+            if keep_images:
+                adversarial[indices] = np.asarray(points)[rows]
             robust[indices] = _score(model, variables, points, batch["labels"], rows)
     return Result(robust, adversarial, time.perf_counter() - began)
 
@@ -177,7 +180,8 @@ def robustness_curve(model, variables, source, threat: ThreatModel, radii: list[
         protocol = PROTOCOLS[name if radius else "clean"]
         at_radius = dataclasses.replace(threat, epsilon=radius) if radius else threat
         accuracy.append(run_attack(
-            model, variables, source, protocol, at_radius, mesh=mesh, seed=seed, batch_size=batch_size).accuracy)
+            model, variables, source, protocol, at_radius, mesh=mesh, seed=seed, batch_size=batch_size,
+            keep_images=False).accuracy)
     return {"attack": name, "epsilon": [float(radius) for radius in radii], "accuracy": accuracy}
 
 

@@ -227,7 +227,8 @@ def check_teacher(name: str, teacher: models.Model, student: models.Model) -> No
 def validate(model, variables, source, threat, mesh) -> dict[str, float]:
     """Returns the clean and PGD-10 accuracy on the validation split, the one that chooses the best checkpoint."""
     accuracy = {
-        name: robustness.run_attack(model, variables, source, robustness.PROTOCOLS[protocol], threat, mesh=mesh).accuracy
+        name: robustness.run_attack(
+            model, variables, source, robustness.PROTOCOLS[protocol], threat, mesh=mesh, keep_images=False).accuracy
         for name, protocol in (("clean_accuracy", "clean"), ("pgd_accuracy", VALIDATION_ATTACK))}
     return {f"validation/{name}": value for name, value in accuracy.items()}
 

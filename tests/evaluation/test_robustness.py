@@ -132,6 +132,12 @@ def test_clean_accuracy_leaves_the_images_alone():
     assert 0.5 < result.accuracy < 1
 
 
+def test_images_that_are_not_kept_change_no_verdict():
+    kept, dropped = attack(), attack(keep_images=False)
+    assert dropped.images is None and kept.images is not None
+    np.testing.assert_array_equal(kept.robust, dropped.robust)
+
+
 def test_the_worst_case_is_that_of_its_runs_and_of_the_clean_image():
     without_start = {name: Protocol((name,), 4, 0.5) for name in ("cross_entropy", "margin")}
     both = attack(protocol=Protocol(("cross_entropy", "margin"), 4, 0.5), batch_size=16)
