@@ -100,7 +100,8 @@ class ThreatModel:
         """Returns the points that an attack starts from, inside the ball and the bounds.
 
         "uniform": x + U(-epsilon, epsilon) per pixel for L-infinity (Madry et al. 2018); for L2 a Gaussian direction with a
-        length uniform in [0, epsilon] (Rice et al. 2020). "gaussian": x + 0.001 N(0, 1) (TRADES, RSLAD, AdaAD).
+        length uniform in [0, epsilon] (Rice et al. 2020). "gaussian": x + 0.001 N(0, 1) (TRADES, RSLAD, AdaAD; their code
+        does not clip it before the first step, here every start is projected).
         "none": x itself.
 
         Args:

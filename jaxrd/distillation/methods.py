@@ -216,6 +216,8 @@ def ard() -> Method:
 def rslad(scale: float = 0.1) -> Method:
     """Robust soft-label distillation: scale * [5/6 KL(T(x) || S(x')) + 1/6 KL(T(x) || S(x))] (Zi et al. 2021).
 
+    Without the 1e-5 that the published code adds inside the logarithm.
+
     Args:
       scale: 0.1 is what the published mean over batch and classes (times 10 on CIFAR-100) amounts to; 1 is the batch mean
         that the other methods use.

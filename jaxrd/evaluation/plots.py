@@ -111,7 +111,7 @@ def robust_accuracy(rows: Sequence[Line], narrow: bool = False) -> Figure | None
                 panel = panels.setdefault(key, {"series": {}, "trained": set()})
                 panel["series"].setdefault(row, []).append(dict(zip(curve["epsilon"], curve["accuracy"])))
                 threat = run.config.get("threat") or {}
-                if threat.get("norm") == key[1] and _number(threat.get("epsilon")):
+                if threat.get("norm") == key[1] and is_number(threat.get("epsilon")):
                     panel["trained"].add(float(threat["epsilon"]))
     if not panels:
         return None
@@ -157,7 +157,7 @@ def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None
     for axis, key in zip(axes, panels):
         accuracy = key.endswith("accuracy")
         for row in rows:
-            series = [{line["step"]: line[key] for line in run.metrics if _number(line.get(key)) and "step" in line}
+            series = [{line["step"]: line[key] for line in run.metrics if is_number(line.get(key)) and "step" in line}
                       for run in row.runs]
             _draw(axis, row, series, percent=accuracy)
         kind, _, name = key.partition("/")
@@ -311,5 +311,6 @@ def _show(axis, pixels, colours, low, high):
         spine.set(color=_GRID, linewidth=0.8)
 
 
-def _number(value):
+def is_number(value: object) -> bool:
+    """Whether a value from a JSON file is a number; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -17,6 +17,7 @@ import numpy as np
 from jaxrd.config import BOOKKEEPING
 from jaxrd.errors import InputError
 from jaxrd.evaluation import plots
+from jaxrd.evaluation.plots import is_number
 from jaxrd.training.log import read_metrics
 
 ALIGNMENT = {"gradient_cosine": "grad cosine", "gradient_distance": "grad distance"}
@@ -207,11 +208,6 @@ def short(value: Any) -> str:
     """Returns a value from a JSON file in 80 characters at most."""
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value from a JSON file is a number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _read(workdir):

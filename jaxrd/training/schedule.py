@@ -9,7 +9,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns step -> learning rate.
 
     "step": the papers' schedule, divided by 10 at each milestone (fractions of training; 100 and 150 of 200 epochs are
-    0.5 and 0.75). "cosine": to 0 over training. Either after a linear warm-up over the first `warmup` of training, whose first step is not 0.
+    0.5 and 0.75). "cosine": to 0 over training. Either after a linear warm-up over the first `warmup` of training,
+    whose first step is not 0.
 
     Args:
       config: the validated section `optimizer`.
