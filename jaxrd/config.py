@@ -19,26 +19,13 @@ from typing import Any
 from ml_collections import config_dict
 
 from jaxrd import distillation, models
+from jaxrd.distillation.catalogue import MethodConfig, documented as _field, parse_name
 from jaxrd.errors import InputError
 from jaxrd.threat import ThreatModel
 
 
-def _field(default, doc: str):
-    """A field with its documentation, which `describe` prints."""
-    return dataclasses.field(default=default, metadata={"doc": doc})
-
-
 # Fields that say how a run is watched and stored, not what it computes: a resumed run may change them.
 BOOKKEEPING = ("data.directory", "training.log_every", "training.checkpoint_every", "training.keep", "training.writers")
-
-
-@dataclasses.dataclass(frozen=True)
-class MethodConfig:
-    name: str = _field("pgd_at", 'pgd_at, ard or rslad, each with "+igdm" or without')
-    igdm: float | None = _field(None, 'weight alpha of the IGDM term; None: 10 with "+igdm" in the name, else 0')
-    igdm_ramp: str = _field("linear", '"linear" (alpha * e/E) or "constant"')
-    mirrored_statistics: bool = _field(False, "let S(x - delta) move the BatchNorm running statistics (published code)")
-    rslad_scale: float = _field(0.1, "factor of the RSLAD loss: 0.1 as published, 1 for the plain batch mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +52,8 @@ class ThreatConfig:
 class AttackConfig:
     steps: int = _field(10, "gradient steps of the training attack")
     step_size: float = _field(2 / 255, "length of one, in pixel units; at most 2 epsilon")
+    start: str = _field("", '"uniform", "gaussian" or "none" instead of the method\'s own start; empty: its own')
+    project_start: bool = _field(True, "put the start inside ball and pixel range; published code often does not")
     batch_statistics: bool = _field(False, "BatchNorm of the student by batch statistics inside the attack")
 
 
@@ -74,9 +63,9 @@ class OptimizerConfig:
     momentum: float = _field(0.9, "momentum")
     nesterov: bool = _field(False, "Nesterov momentum")
     weight_decay: float = _field(5e-4, "coupled weight decay, on all parameters")
-    schedule: str = _field("step", '"step" (papers: divided by 10 at the milestones) or "cosine"')
+    schedule: str = _field("step", '"step" (papers: divided by 10 at the milestones), "cosine" or "onecycle"')
     milestones: tuple[float, ...] = _field((0.5, 0.75), "fractions of training at which the rate is divided by 10")
-    warmup: float = _field(0.0, "fraction of training with a linear warm-up, from the first step's small rate to the peak")
+    warmup: float = _field(0.0, "fraction of training with a linear warm-up to the peak; with onecycle its pct_start, above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,11 +169,13 @@ def parse_argument(
             name = part
         else:
             raise InputError(f'config argument "{argument}": "{part}" is not field=value, such as seed=3')
-    methods = [*distillation.methods.BASES, *(f"{base}+igdm" for base in distillation.methods.BASES)]
-    if name not in (*presets, *methods):
-        close = difflib.get_close_matches(name, (*presets, *methods), n=1)
-        hint = f'did you mean "{close[0]}"? ' if close else ""
-        raise InputError(f'config argument "{argument}": no preset "{name}"; {hint}known: {", ".join((*presets, *methods))}')
+    if name not in presets:
+        try:
+            parse_name(name)
+        except InputError as error:
+            close = difflib.get_close_matches(name, presets, n=1)
+            hint = f'did you mean "{close[0]}"?' if close else f"besides methods: {', '.join(presets)}"
+            raise InputError(f'config argument "{argument}": {error}; {hint}') from None
     return name, overrides
 
 
@@ -356,9 +347,11 @@ def _check(config: Config) -> None:
     need(optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
     need(0 <= optimizer.momentum < 1, "optimizer.momentum", "in [0, 1)")
     need(optimizer.weight_decay >= 0, "optimizer.weight_decay", "0 or above")
-    need(optimizer.schedule in ("step", "cosine"), "optimizer.schedule", '"step" or "cosine"')
+    need(optimizer.schedule in ("step", "cosine", "onecycle"), "optimizer.schedule", '"onecycle", "step" or "cosine"')
     need(all(0 < at < 1 for at in optimizer.milestones), "optimizer.milestones", "fractions of training, between 0 and 1")
     need(0 <= optimizer.warmup < 1, "optimizer.warmup", "a fraction of training in [0, 1)")
+    need(optimizer.schedule != "onecycle" or optimizer.warmup > 0, "optimizer.warmup",
+         'above 0 with schedule "onecycle": the part of training until the peak, such as 0.25')
     need(training.steps is None or training.steps > 0, "training.steps", "above 0")
     need(training.steps is not None or (training.epochs or 0) > 0, "training.epochs", "above 0 where training.steps is None")
     need(training.batch_size > 0, "training.batch_size", "above 0")
@@ -367,7 +360,10 @@ def _check(config: Config) -> None:
     need(training.checkpoint_every is None or training.checkpoint_every > 0, "training.checkpoint_every", "above 0 or None")
     need(training.keep > 0, "training.keep", "above 0")
     need({*training.writer_names} <= {"tensorboard", "wandb"}, "training.writers", 'empty, "tensorboard", "wandb" or both')
-    need(config.method.rslad_scale > 0, "method.rslad_scale", "above 0")
+    need(config.attack.start in ("", "uniform", "gaussian", "none"), "attack.start",
+         'empty, "uniform", "gaussian" or "none"')
+    if "path" in config.method.name.split("+"):
+        need(config.method.path_points <= config.attack.steps, "method.path_points", f"at most attack.steps, {config.attack.steps}")
 
     try:
         threat, method = config.threat.build(), config.build_method()

@@ -25,8 +25,22 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return -_at(jax.nn.log_softmax(logits), labels)
 
 
-def kl_divergence(target_logits: Array, logits: Array) -> Array:
-    """Returns KL(softmax(target_logits) || softmax(logits)) = sum_c t_c (log t_c - log s_c), summed over classes.
+def boosted_cross_entropy(logits: Array, labels: Array) -> Array:
+    """Returns -log p_y - log(1.0001 - max_{c != y} p_c) with p the softmax: MART's BCE (Wang et al. 2020, eq. 8).
+
+    The 1.0001 is the published code's; it keeps the second part finite.
+
+    Args:
+      logits: [batch, classes].
+      labels: [batch] int, in [0, classes).
+    """
+    _check(logits, labels)
+    others = jax.nn.softmax(logits) * (1 - jax.nn.one_hot(labels, logits.shape[-1]))
+    return cross_entropy(logits, labels) - jnp.log(1.0001 - jnp.max(others, axis=-1))
+
+
+def kl_divergence(target_logits: Array, logits: Array, temperature: float = 1.0) -> Array:
+    """Returns KL(softmax(target_logits / tau) || softmax(logits / tau)) = sum_c t_c (log t_c - log s_c), summed over classes.
 
     The mean over the batch is PyTorch's `batchmean`; its `mean` divides by the number of classes too. Gradients flow into
     both arguments.
@@ -34,9 +48,12 @@ def kl_divergence(target_logits: Array, logits: Array) -> Array:
     Args:
       target_logits: [batch, classes], the distribution to match: the teacher's.
       logits: [batch, classes].
+      temperature: tau, above 0. The factor tau^2 that goes with it in distillation is the caller's.
     """
     chex.assert_rank([target_logits, logits], 2)
     chex.assert_equal_shape([target_logits, logits])
+    if temperature != 1:
+        target_logits, logits = target_logits / temperature, logits / temperature
     target = jax.nn.log_softmax(target_logits)
     return jnp.sum(jnp.exp(target) * (target - jax.nn.log_softmax(logits)), axis=-1)
 
@@ -91,6 +108,15 @@ def squared_l2_distance(target_logits: Array, logits: Array) -> Array:
     Squared, hence smooth where the two agree.
     """
     return jnp.sum(_probability_difference(target_logits, logits) ** 2, axis=-1)
+
+
+def l2_distance(target_logits: Array, logits: Array) -> Array:
+    """Returns ||softmax(target_logits) - softmax(logits)||_2, [batch] in [0, sqrt 2]; both arguments [batch, classes].
+
+    Its gradient is 0 where the two agree exactly.
+    """
+    squared = squared_l2_distance(target_logits, logits)
+    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
 
 
 def correct(logits: Array, labels: Array) -> Array:

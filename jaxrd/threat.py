@@ -96,18 +96,19 @@ class ThreatModel:
         scaled = gradients / jnp.where(largest > 0, largest, 1.0)
         return step_size * scaled / jnp.maximum(_per_example_norm(scaled), 1.0)  # the norm is below 1 only where it is 0
 
-    def random_start(self, key: Array, images: Array, kind: str = "uniform") -> Array:
+    def random_start(self, key: Array, images: Array, kind: str = "uniform", *, project: bool = True) -> Array:
         """Returns the points that an attack starts from, inside the ball and the bounds.
 
         "uniform": x + U(-epsilon, epsilon) per pixel for L-infinity (Madry et al. 2018); for L2 a Gaussian direction with a
-        length uniform in [0, epsilon] (Rice et al. 2020). "gaussian": x + 0.001 N(0, 1) (TRADES, RSLAD, AdaAD; their code
-        does not clip it before the first step, here every start is projected).
+        length uniform in [0, epsilon] (Rice et al. 2020). "gaussian": x + 0.001 N(0, 1) (TRADES, RSLAD, AdaAD).
         "none": x itself.
 
         Args:
           key: one typed key, whose i-th fold serves example i, or [batch] typed keys.
           images: [batch, ...] float32.
           kind: as above.
+          project: put the start inside ball and bounds. The published code of TRADES, RSLAD and AdaAD does not: a start may
+            lie outside the bounds there, until the first step's projection.
 
         Raises:
           InputError: an unknown kind.
@@ -131,7 +132,7 @@ class ThreatModel:
             return length * direction / jnp.maximum(jnp.sqrt(jnp.sum(direction**2)), _TINY)
 
         deltas = jax.vmap(noise)(example_keys(key, images.shape[0])).reshape(images.shape)
-        return self.project(images, images + deltas)
+        return self.project(images, images + deltas) if project else images + deltas
 
     def check_step_size(self, step_size: float) -> None:
         """Raises InputError where a step cannot make sense: 0 or less, or longer than the ball is wide (2 epsilon)."""

@@ -62,12 +62,12 @@ def main() -> None:
     update = jax.jit(lambda *inputs: steps.update(recipe, *inputs))
     images = augment(key, batch["images"])
     views, teacher_clean = attack(key, state, teacher_variables, images, batch["labels"])
-    logits = teacher(teacher_variables, views, teacher_clean)
+    logits = teacher(teacher_variables, views, teacher_clean, batch["labels"])
     gradients, batch_stats, _ = gradients_of(state, views, logits, batch["labels"])
     parts = {
         "augmentation": (augment, key, batch["images"]),
         f"attack ({recipe.inner.steps} steps)": (attack, key, state, teacher_variables, images, batch["labels"]),
-        "teacher": (teacher, teacher_variables, views, teacher_clean),
+        "teacher": (teacher, teacher_variables, views, teacher_clean, batch["labels"]),
         "student loss and gradient": (gradients_of, state, views, logits, batch["labels"]),
         "optimiser and weight average": (update, state, gradients, batch_stats),
     }

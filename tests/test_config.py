@@ -74,7 +74,7 @@ def config_with(path, value):
     ("threat.epsilon", float("inf"), "8/255"), ("threat.epsilon", None, "8/255"), ("threat.epsilon", [0.1], "8/255"),
     ("attack.steps", 0, "above 0"), ("attack.step_size", 0.2, "2 epsilon"), ("attack.step_size", 0, "above 0"),
     ("method.name", "ardd", 'did you mean "ard"?'), ("method.igdm", -1, "0 or above"), ("method.igdm_ramp", "cubic", "linear"),
-    ("method.rslad_scale", 0, "above 0"), ("optimizer.learning_rate", 0, "above 0"), ("optimizer.momentum", 1, "[0, 1)"),
+("optimizer.learning_rate", 0, "above 0"), ("optimizer.momentum", 1, "[0, 1)"),
     ("optimizer.schedule", "steps", '"step" or "cosine"'), ("optimizer.milestones", (0.5, 80), "fractions"),
     ("optimizer.milestones", "a,b", "list of numbers"), ("optimizer.milestones", None, "list of numbers"),
     ("optimizer.milestones", True, "list of numbers"), ("optimizer.warmup", 1, "[0, 1)"),

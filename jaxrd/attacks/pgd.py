@@ -26,6 +26,7 @@ def pgd(
     steps: int = 10,
     start: str = "uniform",
     descend: bool = False,
+    project_start: bool = True,
 ) -> Array:
     """Returns images that (nearly) maximise the objective inside the threat model.
 
@@ -44,6 +45,7 @@ def pgd(
       steps: number of gradient steps.
       start: "uniform", "gaussian" (x + 0.001 N(0, 1)) or "none".
       descend: minimise instead: the targeted path.
+      project_start: put the start inside ball and bounds (see `ThreatModel.random_start`).
 
     Returns:
       [batch, h, w, c] float32, without gradient to anything.
@@ -52,7 +54,7 @@ def pgd(
       InputError: images of another rank, dtype or range (the range where it can be read: not under jit); a step size or
         start that makes no sense.
     """
-    points, _ = _walk(key, objective, images, threat, step_size, steps, start, descend, path=False)
+    points, _ = _walk(key, objective, images, threat, step_size, steps, start, descend, project_start, path=False)
     return points
 
 
@@ -66,12 +68,13 @@ def pgd_path(
     steps: int = 10,
     start: str = "uniform",
     descend: bool = False,
+    project_start: bool = True,
 ) -> Array:
     """Returns every iterate of `pgd` after the start, [steps, batch, h, w, c]; the last entry is what `pgd` returns.
 
     Arguments and errors as for `pgd`.
     """
-    _, path = _walk(key, objective, images, threat, step_size, steps, start, descend, path=True)
+    _, path = _walk(key, objective, images, threat, step_size, steps, start, descend, project_start, path=True)
     return path
 
 
@@ -89,7 +92,7 @@ def ascent_step(objective: Objective, images: Array, points: Array, threat: Thre
     return threat.project(images, points + threat.steepest_step(gradients, step_size))
 
 
-def _walk(key, objective, images, threat, step_size, steps, start, descend, path):
+def _walk(key, objective, images, threat, step_size, steps, start, descend, project_start, path):
     threat.check_images(images)
     threat.check_step_size(step_size)
     images = jax.lax.stop_gradient(images)
@@ -99,7 +102,7 @@ def _walk(key, objective, images, threat, step_size, steps, start, descend, path
         points = jax.lax.stop_gradient(ascent_step(objective, images, points, threat, signed))
         return points, points if path else None
 
-    points = threat.random_start(key, images, start)
+    points = threat.random_start(key, images, start, project=project_start)
     return jax.lax.scan(body, points, length=steps, unroll=loop_unroll())
 
 

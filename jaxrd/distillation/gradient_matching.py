@@ -1,13 +1,15 @@
-"""Input-gradient matching between a student and a teacher.
+"""Input-gradient matching between a student and a teacher, three ways: by Taylor difference, exactly, directly.
 
 Lee, Cho & Kim, "Indirect Gradient Matching for Adversarial Robust Distillation" (IGDM, ICLR 2025). Everything here maps
-arrays, or functions of images, to one number per example.
+arrays, or functions of images, to one number per example. The primitives of exact and direct matching take functions; the
+`..._loss` beside each takes what those functions gave, for a method whose views have computed it.
 """
 
 from collections.abc import Callable
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from jaxrd import objectives
 
@@ -15,24 +17,28 @@ Array = jax.Array
 LogitsFn = Callable[[Array], Array]  # images -> logits
 
 
-def igdm(student_plus: Array, student_minus: Array, teacher_plus: Array, teacher_minus: Array) -> Array:
-    """Returns KL(softmax(T(x+d) - T(x-d)) || softmax(S(x+d) - S(x-d))), indirect gradient matching (IGDM, eq. 8).
+def igdm(
+    student_plus: Array, student_minus: Array, teacher_plus: Array, teacher_minus: Array, distance: str = "kl"
+) -> Array:
+    """Returns D(T(x+d) - T(x-d), S(x+d) - S(x-d)), indirect gradient matching (IGDM, eq. 8).
 
     By Taylor's theorem f(x+d) - f(x-d) = 2 J d + O(|d|^3): the central difference along the adversarial perturbation d
-    stands for the input gradient without differentiating twice. The raw logit differences go into the softmax, at
-    temperature 1, without division by 2 or |d|, as in the published code; x-d is not clipped to the pixel bounds there.
-    0, with zero gradient, where student and teacher agree and where d = 0.
+    stands for the input gradient without differentiating twice. D is KL(softmax(.) || softmax(.)), teacher first: the raw
+    logit differences go into the softmax, at temperature 1, without division by 2 or |d|, as in the published code; x-d is
+    not clipped to the pixel bounds there. 0, with zero gradient, where student and teacher agree and where d = 0.
 
     Args:
       student_plus: [batch, classes], S(x+d).
       student_minus: [batch, classes], S(x-d).
       teacher_plus: [batch, classes], T(x+d), a constant to the caller's gradient if so wished.
       teacher_minus: [batch, classes], T(x-d).
+      distance: "kl", or "l1" or "l2": that norm of the difference between the raw logit differences, which the paper calls
+        nearly indistinguishable from KL (section 4.1).
 
     Returns:
       [batch]. Its mean over the batch is the published loss.
     """
-    return objectives.kl_divergence(teacher_plus - teacher_minus, student_plus - student_minus)
+    return DIFFERENCE_DISTANCES[distance](teacher_plus - teacher_minus, student_plus - student_minus)
 
 
 def jvp_matching(student_fn: LogitsFn, teacher_fn: LogitsFn, images: Array, delta: Array) -> Array:
@@ -50,7 +56,107 @@ def jvp_matching(student_fn: LogitsFn, teacher_fn: LogitsFn, images: Array, delt
     Returns:
       [batch].
     """
-    chex.assert_equal_shape([images, delta])
-    _, student = jax.jvp(student_fn, (images,), (delta,))
-    _, teacher = jax.jvp(teacher_fn, (images,), (delta,))
+    return jvp_loss(directional_derivative(teacher_fn, images, delta), directional_derivative(student_fn, images, delta))
+
+
+def jvp_loss(teacher: Array, student: Array) -> Array:
+    """Returns KL(softmax(2 J_T d) || softmax(2 J_S d)) of two directional derivatives [batch, classes]."""
     return objectives.kl_divergence(2 * teacher, 2 * student)
+
+
+def directional_derivative(logits_fn: LogitsFn, images: Array, delta: Array) -> Array:
+    """Returns J d, [batch, classes], by forward mode, at images and along delta of [batch, h, w, c]."""
+    chex.assert_equal_shape([images, delta])
+    return jax.jvp(logits_fn, (images,), (delta,))[1]
+
+
+def gradient_matching(
+    student_fn: LogitsFn,
+    teacher_fn: LogitsFn,
+    images: Array,
+    labels: Array,
+    *,
+    scalar: str = "probability",
+    distance: str = "l2",
+) -> Array:
+    """Returns D(ds/dx of the teacher, ds/dx of the student): direct gradient matching (IGDM, eq. 11).
+
+    The paper's negative control: training on it differentiates twice. Which scalar s is differentiated and which distance
+    is taken it does not say.
+
+    Args:
+      student_fn: images -> logits, examples independent of each other.
+      teacher_fn: images -> logits.
+      images: [batch, h, w, c].
+      labels: [batch] int, in [0, classes).
+      scalar: "probability" or "logit" of the true class, or "cross_entropy".
+      distance: "l2" norm of the difference, "squared_l2", or "cosine" (1 - cosine similarity).
+
+    Returns:
+      [batch]. Its gradient is finite where the two input gradients agree, or one is 0.
+    """
+    teacher = jax.lax.stop_gradient(input_gradients(teacher_fn, images, labels, scalar))
+    return GRADIENT_DISTANCES[distance](teacher, input_gradients(student_fn, images, labels, scalar))
+
+
+def input_gradients(logits_fn: LogitsFn, images: Array, labels: Array, scalar: str = "probability") -> Array:
+    """Returns ds/dx of a scalar of the logits, [batch, h, w, c].
+
+    Args:
+      logits_fn: images -> logits [batch, classes], examples independent of each other.
+      images: [batch, h, w, c] float32.
+      labels: [batch] int.
+      scalar: "probability" (the softmax's) or "logit" of the true class, or "cross_entropy".
+    """
+    chex.assert_rank([images, labels], [4, 1])
+    return jax.grad(lambda images: jnp.sum(SCALARS[scalar](logits_fn(images), labels)))(images)
+
+
+def gradient_distance(a: Array, b: Array) -> Array:
+    """Returns ||a - b||_2 per example, [batch]; its gradient is 0 where a and b agree."""
+    squared = _squared_distance(a, b)
+    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
+
+
+def gradient_cosine(a: Array, b: Array) -> Array:
+    """Returns the cosine of the angle between a and b per example, [batch], in [-1, 1]; 0 where either is 0."""
+    return jnp.clip(jnp.sum(_unit(a) * _unit(b), axis=1), -1.0, 1.0)
+
+
+# (logits, labels) -> [batch]
+SCALARS = {
+    "probability": lambda logits, labels: jnp.exp(-objectives.cross_entropy(logits, labels)),
+    "logit": lambda logits, labels: jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0],
+    "cross_entropy": objectives.cross_entropy,
+}
+
+
+def _squared_distance(a: Array, b: Array) -> Array:
+    return jnp.sum((_flat(a) - _flat(b)) ** 2, axis=1)
+
+
+# (target, own) -> [batch]
+DIFFERENCE_DISTANCES = {
+    "kl": objectives.kl_divergence,
+    "l1": lambda a, b: jnp.sum(jnp.abs(a - b), axis=-1),
+    "l2": gradient_distance,
+}
+GRADIENT_DISTANCES = {
+    "l2": gradient_distance,
+    "squared_l2": _squared_distance,
+    "cosine": lambda a, b: 1 - gradient_cosine(a, b),
+}
+
+
+def _unit(x: Array) -> Array:
+    """Each example at length 1, or 0 where it is 0, [batch, size]."""
+    x = _flat(x)
+    # The gradients of a saturated softmax fall below 1e-20, where their squares underflow: measured by the largest first,
+    # a scale that drops out again and needs no gradient.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=1, keepdims=True))
+    x = x / jnp.where(largest > 0, largest, 1.0)
+    return x / jnp.sqrt(jnp.maximum(jnp.sum(x**2, axis=1, keepdims=True), 1.0))  # the norm is below 1 only where it is 0
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(x.shape[0], -1)

@@ -1,164 +1,379 @@
-"""Distillation methods: an attack plus a sum of weighted terms over named views. Nothing else.
+"""The methods: each is an attack and a few terms. Their formulas are pure functions elsewhere; here they are put together.
 
-A new method is a few lines here: which objective its attack climbs, which views its terms compare, with which weights. The
-formulas live in pure functions (`jaxrd.objectives`, `jaxrd.distillation.gradient_matching`). No method has a train step of
-its own.
+    base:    pgd_at, trades, mart (without a teacher); ard, iad, akd, rslad, adaad, adaiad; dgad; path
+    module:  with_igdm, with_jvp, with_direct, with_awp, on top of any of them
+
+S and T are student and teacher, x the clean image, x' the adversarial one, y the label, and KL(a || b) the divergence of the
+softmax of b from that of a, summed over classes. Every loss is a batch mean.
 """
 
-import collections
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 
-from jaxrd import attacks, objectives
-from jaxrd.attacks.pgd import Objective
-from jaxrd.distillation.gradient_matching import igdm as igdm_loss
-from jaxrd.distillation.views import ADVERSARIAL, CLEAN, MIRRORED, View
+from jaxrd import objectives
+from jaxrd.distillation import adversarial_path, dynamic_guidance, gradient_matching, introspection
+from jaxrd.distillation.composition import Loss, Method, Monitor, Ramp, Term
+from jaxrd.distillation.inner_maximisation import (
+    cross_entropy_attack, path_attack, teacher_fixed_attack, teacher_moving_attack, trades_attack, with_random_direction)
+from jaxrd.distillation.views import ADVERSARIAL, CLEAN, MIRRORED, View, displaced, generated
+from jaxrd.distillation.weight_perturbation import WeightPerturbation
 from jaxrd.errors import InputError
-from jaxrd.threat import ThreatModel
 
 Array = jax.Array
-LogitsFn = Callable[[Array], Array]  # images -> logits
-Logits = Mapping[str, Array]  # view name -> logits [batch, classes]
-Ramp = Callable[[Array], Array]  # training progress in (0, 1] -> factor
-
-DEFAULT_IGDM_WEIGHT = 10.0
 
 
-@dataclasses.dataclass(frozen=True)
-class InnerMaximisation:
-    """The budget of the training attack: the threat model, the step length and the number of steps (papers: 2/255, 10)."""
-
-    threat: ThreatModel
-    step_size: float
-    steps: int = 10
+# Without a teacher.
 
 
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What an attack may look at: one augmented batch, and the two networks in eval mode.
+def pgd_at() -> Method:
+    """Adversarial training: CE(S(x'), y) (Madry et al. 2018)."""
+    return Method("pgd_at", cross_entropy_attack(), (ADVERSARIAL,), (_cross_entropy("adversarial"),))
 
-    Attributes:
-      images: [batch, h, w, c] float32.
-      labels: [batch] int32.
-      student: images -> logits.
-      teacher: images -> logits, differentiable with respect to the images; None without a teacher.
-      teacher_clean: [batch, classes], the teacher's logits on `images`, where the attack asked for them.
+
+def trades(beta: float = 6.0, detach: bool = False) -> Method:
+    """CE(S(x), y) + beta KL(S(x) || S(x')) (TRADES, Zhang et al. 2019).
+
+    Args:
+      beta: weight of the divergence, 0 or above.
+      detach: no gradient into S(x) as its target; it flows in the published code.
     """
-
-    images: Array
-    labels: Array
-    student: LogitsFn
-    teacher: LogitsFn | None = None
-    teacher_clean: Array | None = None
+    _need(beta >= 0, "trades_beta", beta, "0 or above")
+    return Method("trades", trades_attack(), (CLEAN, ADVERSARIAL), (
+        _cross_entropy("clean"), Term("self_distillation", _self_distillation(detach), ("clean", "adversarial"), weight=beta)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Attack:
-    """An inner maximisation that generates views.
+def mart(beta: float = 5.0) -> Method:
+    """BCE(S(x'), y) + beta (1 - p_S(x)[y]) KL(S(x) || S(x')) (MART, Wang et al. 2020).
 
-    Attributes:
-      generate: (key, context, budget) -> {view name: points [batch, h, w, c]}.
-      teacher_on_clean: the attack reads `context.teacher_clean`, so the teacher sees the clean view before it.
-      teacher: the attack needs a teacher at all.
+    BCE is `objectives.boosted_cross_entropy`. Without the 1e-12 and 1e-7 that the published code adds here and there.
+
+    Args:
+      beta: 5 for ResNets, 6 for wide ones in the published code; 0 or above.
     """
+    _need(beta >= 0, "mart_beta", beta, "0 or above")
 
-    generate: Callable[[Array, Context, InnerMaximisation], dict[str, Array]]
-    teacher_on_clean: bool = False
-    teacher: bool = False
+    def weighted(student, teacher, labels):
+        doubt = 1 - jnp.exp(-objectives.cross_entropy(student["clean"], labels))
+        return doubt * objectives.kl_divergence(student["clean"], student["adversarial"])
+
+    return Method("mart", cross_entropy_attack("gaussian"), (CLEAN, ADVERSARIAL), (
+        Term("boosted_cross_entropy",
+             lambda student, teacher, labels: objectives.boosted_cross_entropy(student["adversarial"], labels),
+             student=("adversarial",)),
+        Term("self_distillation", weighted, student=("clean", "adversarial"), weight=beta)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """One weighted summand of the loss.
+# With a teacher whose output on the clean image is the target, or part of it.
 
-    Attributes:
-      name: its name in the metrics.
-      loss: (student logits by view, teacher logits by view, labels [batch]) -> [batch].
-      student: views whose student logits it reads.
-      teacher: views whose teacher logits it reads.
-      weight: its factor in the sum.
-      ramp: training progress in (0, 1] -> a further factor.
+
+def ard(temperature: float = 1.0, alpha: float = 1.0, reduction: str = "batchmean") -> Method:
+    """alpha tau^2 KL_tau(T(x) || S(x')) + (1 - alpha) CE(S(x), y) (ARD, Goldblum et al. 2020).
+
+    The defaults are how the IGDM authors run it. The original has temperature 30 and reduction "mean".
+
+    Args:
+      temperature: tau, above 0.
+      alpha: in [0, 1].
+      reduction: "batchmean", or "mean" to divide the divergence by the number of classes too.
     """
-
-    name: str
-    loss: Callable[[Logits, Logits, Array], Array]
-    student: tuple[str, ...]
-    teacher: tuple[str, ...] = ()
-    weight: float = 1.0
-    ramp: Ramp = jnp.ones_like
+    _need(temperature > 0, "ard_temperature", temperature, "above 0")
+    _need(0 <= alpha <= 1, "ard_alpha", alpha, "in [0, 1]")
+    _choose("ard_reduction", reduction, _REDUCTIONS)
+    terms = (_distillation("clean", "adversarial", weight=alpha, temperature=temperature, reduction=reduction),)
+    return Method("ard", cross_entropy_attack(), (ADVERSARIAL, CLEAN), (*terms, *_hard_labels(1 - alpha)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """An attack plus weighted terms over views.
+def iad(
+    temperature: float = 1.0, alpha: float = 1.0, beta: float = 0.1, warmup: float = 0.3, weighting: str = "self",
+) -> Method:
+    """Introspective distillation on ARD, IAD-I (Zhu et al. 2022).
 
-    Attributes:
-      name: "rslad+igdm".
-      attack: what generates the views that are not clean.
-      views: every view that a term may ask for, in the order of the student's forwards.
-      terms: the summands.
+    alpha [tau^2 KL_tau(T(x) || S(x')) + (1 - A) KL(S(x) || S(x'))] + (1 - alpha) CE(S(x), y), with the reliability
+    A = p_T(x')[y]^beta after the warm-up and 1 before. The gradient flows into the target S(x) too, as published.
 
-    Raises:
-      InputError: a term that reads a view which is not declared, or two terms or views of one name.
+    Args:
+      temperature: tau, above 0.
+      alpha: in [0, 1].
+      beta: 0 or above.
+      warmup: fraction of training with A = 1 (published: 60 of 200 epochs), in [0, 1).
+      weighting: "self", as published code: A weighs the student's own target only; "both": the teacher's term gets A too.
     """
+    return _introspective("iad", cross_entropy_attack(), "clean", temperature, alpha, beta, warmup, weighting)
 
-    name: str
-    attack: Attack
-    views: tuple[View, ...]
-    terms: tuple[Term, ...]
 
-    def __post_init__(self):
-        # Logits and terms are kept by name: of two alike, one would silently stand in for the other.
-        for kind, items in (("views", self.views), ("terms", self.terms)):
-            for name, count in collections.Counter(item.name for item in items).items():
-                if count > 1:
-                    raise InputError(f'method "{self.name}" has {count} {kind} named "{name}"; give each a name of its own')
-        known = {view.name for view in self.views}
-        for term in self.terms:
-            for name in (*term.student, *term.teacher):
-                if name not in known:
-                    raise InputError(
-                        f'term "{term.name}" of method "{self.name}" reads view "{name}", which the method does not '
-                        f"declare; add it to its views ({', '.join(sorted(known))})")
+def akd(weight: float = 0.5, target: str = "adversarial") -> Method:
+    """(1 - weight) CE(S(x'), y) + weight KL(T(x') || S(x')) (AKD, Maroto et al. 2022).
 
-    @property
-    def student_views(self) -> tuple[View, ...]:
-        """The views that some term needs the student on, in declared order."""
-        needed = {name for term in self.terms for name in term.student}
-        return tuple(view for view in self.views if view.name in needed)
+    A reconstruction: the abstract says "a mixture of the original labels and the teacher outputs"; neither the weight nor
+    the image on which the teacher is asked were found in a published source.
 
-    @property
-    def teacher_views(self) -> tuple[View, ...]:
-        """The views that some term, or the attack, needs the teacher on, in declared order."""
-        needed = {name for term in self.terms for name in term.teacher}
-        if self.attack.teacher_on_clean:
-            needed.add("clean")
-        return tuple(view for view in self.views if view.name in needed)
+    Args:
+      weight: in [0, 1].
+      target: the view on which the teacher is asked, "adversarial" or "clean".
+    """
+    _need(0 <= weight <= 1, "akd_weight", weight, "in [0, 1]")
+    _choose("akd_target", target, ("adversarial", "clean"))
+    terms = (_distillation(target, "adversarial", weight=weight), *_hard_labels(1 - weight, "adversarial"))
+    return Method("akd", cross_entropy_attack(), (ADVERSARIAL, CLEAN), terms)
 
-    @property
-    def needs_teacher(self) -> bool:
-        return bool(self.teacher_views) or self.attack.teacher
 
-    def loss(self, student: Logits, teacher: Logits, labels: Array, progress: Array) -> tuple[Array, dict[str, Array]]:
-        """Returns the per-example loss sum_i weight_i * ramp_i(progress) * term_i and the unweighted terms by name.
+def rslad(scale: float = 0.1) -> Method:
+    """Robust soft-label distillation: scale * [5/6 KL(T(x) || S(x')) + 1/6 KL(T(x) || S(x))] (RSLAD, Zi et al. 2021).
 
-        Args:
-          student: logits [batch, classes] by view.
-          teacher: likewise; empty without a teacher.
-          labels: [batch] int32.
-          progress: scalar in (0, 1], the fraction of training that this step completes.
+    Without the 1e-5 that the published code adds inside the logarithm.
 
-        Returns:
-          ([batch], {term name: [batch]}).
-        """
-        terms = {term.name: term.loss(student, teacher, labels) for term in self.terms}
-        total = sum(term.weight * term.ramp(progress) * terms[term.name] for term in self.terms)
-        return total, terms
+    Args:
+      scale: 0.1 is what the published mean over batch and classes (times 10 on CIFAR-100) amounts to; 1 is the batch mean
+        that the other methods use. Above 0.
+    """
+    _need(scale > 0, "rslad_scale", scale, "above 0")
+    return Method("rslad", teacher_fixed_attack(), (ADVERSARIAL, CLEAN), (
+        _distillation("clean", "adversarial", name="distillation_adversarial", weight=scale * 5 / 6),
+        _distillation("clean", "clean", name="distillation_clean", weight=scale / 6),
+    ))
+
+
+# With a teacher that is asked about the adversarial image, in the attack too.
+
+
+def adaad(weight: float = 1.0, reduction: str = "batchmean") -> Method:
+    """weight KL(T(x') || S(x')) + (1 - weight) KL(T(x) || S(x)) (AdaAD, Huang et al. 2023).
+
+    Args:
+      weight: lambda, in [0, 1].
+      reduction: "batchmean", or "mean" to divide by the number of classes too, as the published code does on CIFAR-10.
+    """
+    _need(0 <= weight <= 1, "adaad_weight", weight, "in [0, 1]")
+    _choose("adaad_reduction", reduction, _REDUCTIONS)
+    terms = [_distillation("adversarial", "adversarial", name="distillation_adversarial", weight=weight, reduction=reduction)]
+    if weight < 1:
+        terms.append(_distillation("clean", "clean", name="distillation_clean", weight=1 - weight, reduction=reduction))
+    return Method("adaad", teacher_moving_attack(), (CLEAN, ADVERSARIAL), tuple(terms))
+
+
+def adaiad(
+    temperature: float = 1.0, alpha: float = 1.0, beta: float = 0.1, warmup: float = 0.3, weighting: str = "self",
+) -> Method:
+    """Introspection on AdaAD's attack: the loss of `iad` with T(x') in place of T(x) (AdaIAD, Huang et al. 2023).
+
+    Args: as for `iad`; the published code has temperature 30.
+    """
+    return _introspective("adaiad", teacher_moving_attack(), "adversarial", temperature, alpha, beta, warmup, weighting)
+
+
+def dgad(
+    beta: float = 1.0, consistency: str = "mse", correction: str = "swap", attack: str = "adaad", scale: float = 1.0,
+    product: bool = False,
+) -> Method:
+    """Dynamic guidance (DGAD, Park & Min 2024): KL on x where the teacher is wrong about x, on x' elsewhere, plus PCR.
+
+    scale * [KL(T^(x) || S(x)) where T(x) is wrong, else KL(T^(x') || S(x'))] + beta PCR(S(x), S(x')), with T^ the teacher's
+    output after error-corrective label swapping. Per example, which for a full batch equals the published form and stays
+    finite where the teacher gets the whole batch wrong. The attack climbs the teacher's output as it is.
+
+    Args:
+      beta: weight of predictive consistency, 0 or above.
+      consistency: "mse" of the probabilities, as published code, or their "l2" distance, as the paper writes.
+      correction: "swap" (ELS); controls: "smooth", "mix" (see `dynamic_guidance`), "none".
+      attack: "adaad", or "rslad": its attack, and T(x) as the target of x'.
+      scale: of the distillation part (0.5 in the published code for MobileNetV2), above 0.
+      product: reproduce that code's misplaced parenthesis for MobileNetV2, which multiplies the two parts:
+        (scale * (L_ST + share of x') * L_AT, with L_AT the mean over the images that are distilled adversarially.
+    """
+    _need(beta >= 0, "dgad_beta", beta, "0 or above")
+    _need(scale > 0, "dgad_scale", scale, "above 0")
+    _choose("dgad_consistency", consistency, ("mse", "l2"))
+    _choose("dgad_correction", correction, _CORRECTIONS)
+    _choose("dgad_attack", attack, ("adaad", "rslad"))
+    correct, target = _CORRECTIONS[correction], "adversarial" if attack == "adaad" else "clean"
+
+    def wrong(teacher, labels):
+        return dynamic_guidance.misclassified(teacher["clean"], labels)
+
+    def divergence(student, teacher, labels, view, target):
+        return objectives.kl_divergence(correct(teacher[target], labels), student[view])
+
+    def on_clean(student, teacher, labels):
+        return jnp.where(wrong(teacher, labels), divergence(student, teacher, labels, "clean", "clean"), 0.0)
+
+    def on_adversarial(student, teacher, labels):
+        right = ~wrong(teacher, labels)
+        return jnp.where(right, divergence(student, teacher, labels, "adversarial", target), 0.0)
+
+    def multiplied(student, teacher, labels):
+        right = jnp.mean(~wrong(teacher, labels))
+        factor = jnp.mean(on_clean(student, teacher, labels)) + right
+        return factor * on_adversarial(student, teacher, labels) / jnp.maximum(right, 1e-10)
+
+    student, asked = ("clean", "adversarial"), ("clean", *(["adversarial"] if attack == "adaad" else []))
+    pcr = dynamic_guidance.predictive_consistency if consistency == "mse" else objectives.l2_distance
+    terms = (Term("distillation_product", multiplied, student, asked, weight=scale),) if product else (
+        Term("distillation_clean", on_clean, ("clean",), ("clean",), weight=scale),
+        Term("distillation_adversarial", on_adversarial, ("adversarial",), asked, weight=scale))
+    consistency_term = Term(
+        "consistency", lambda student, teacher, labels: pcr(student["adversarial"], student["clean"]), student, weight=beta)
+    monitors = [Monitor("partitioned", lambda student, teacher, labels: wrong(teacher, labels))]
+    if correction != "none" and attack == "adaad":
+        # Of the whole batch; what is partitioned off is distilled on the clean image and its swap counted there.
+        monitors.append(Monitor("swapped/adversarial", lambda student, teacher, labels: (
+            dynamic_guidance.misclassified(teacher["adversarial"], labels) & ~wrong(teacher, labels))))
+    base = teacher_moving_attack() if attack == "adaad" else teacher_fixed_attack()
+    return Method("dgad", base, (CLEAN, ADVERSARIAL), (*terms, consistency_term), tuple(monitors))
+
+
+# Along the path.
+
+
+def path(
+    alpha: float = 1.0,
+    gamma: float = 1.0,
+    points: int = 10,
+    weights: str = "drop",
+    weight_model: str = "student",
+    normalisation: str = "per_sample",
+    floor: float = 0.0,
+    scale: float = 1.0,
+    inner_loss: str = "cross_entropy",
+    targeted_start: str = "negative_image",
+    target_class: str = "uniform",
+    align_target: str = "teacher_clean",
+    align_distance: str = "kl",
+    dual_batch_norm: bool = True,
+    batching: str = "joint",
+    statistics: bool = False,
+    natural: str = "anchor",
+    hinge: float = 0.0,
+) -> Method:
+    """Distillation along an untargeted and a targeted adversarial path (Dong et al., CVPR 2024).
+
+    alpha (L_u + gamma L_d) + (1 - alpha) KL(T(x) || S(x)), where L_u is the weighted sum over t of D(T(x) || S(x_t)) along
+    the ascent path of x away from its class, and L_d the same along the descent path of x, as the negative image of an anchor
+    of another class, towards the anchor's class, with the student's second BatchNorm set.
+
+    **A reconstruction**, from the abstract and later work of the same group: neither the paper's equations nor its code were
+    available. Where the sources leave a choice open, the first value named below is the default.
+
+    Args:
+      alpha: weight of the paths against the clean distillation, in (0, 1].
+      gamma: weight of the targeted path, 0 or above; 0 leaves it out.
+      points: how many points of each path, evenly spaced, the last included; at most the attack's steps.
+      weights: "drop", "uniform", "linear", "last_only", "boundary", "gap": see `adversarial_path.path_weights`.
+      weight_model: whose predictions "drop" and "boundary" look at: "student" or "teacher".
+      normalisation: "per_sample", "batch" or "none": see `adversarial_path.weighted_path_loss`.
+      floor: the least weight, in [0, 1].
+      scale: of "boundary" and "gap", above 0.
+      inner_loss: what the untargeted path climbs: "cross_entropy", "teacher_clean" (KL to T(x)) or "teacher_moving" (KL to
+        T(x'), AdaAD's). The targeted path descends the cross-entropy of its target class, or, with "teacher_clean" and
+        negative images, the KL to T(anchor).
+      targeted_start: "negative_image" (the target is the class of an anchor in the batch), "anchor_image" (any other class)
+        or "anchor_runner_up" (the class that the student finds second best).
+      target_class: "uniform", or the best other class by the "teacher" or the "student", or the "least_likely" by the teacher.
+      align_target: "teacher_clean" for T(x), "teacher_at_point" for T(x_t).
+      align_distance: "kl", "squared_error" of the probabilities, "js", "l2".
+      dual_batch_norm: a BatchNorm set for each branch; set 0, of the untargeted one, is used at test.
+      batching: "joint" forwards the intermediate points of a branch as one batch with common statistics, "separate" one by
+        one. Clean images and last points are always forwarded by themselves.
+      statistics: intermediate points move the running statistics, as clean images and last points do.
+      natural: what 1 - alpha weighs: KL(T(x) || S(x)) for the "anchor", in set 0, or for "both" branches' starts.
+      hinge: count an alignment only above that of (1 - hinge, hinge/(C-1), ...) with the one-hot label; 0: always.
+    """
+    _need(0 < alpha <= 1, "path_alpha", alpha, "in (0, 1]")
+    _need(gamma >= 0, "path_gamma", gamma, "0 or above")
+    _need(points >= 1, "path_points", points, "1 or above")
+    _need(0 <= floor <= 1, "path_floor", floor, "in [0, 1]")
+    _need(scale > 0, "path_scale", scale, "above 0")
+    _need(0 <= hinge < 1, "path_hinge", hinge, "in [0, 1)")
+    for field, value, known in (
+            ("weights", weights, adversarial_path.SCHEMES), ("weight_model", weight_model, ("student", "teacher")),
+            ("normalisation", normalisation, adversarial_path.NORMALISATIONS),
+            ("inner_loss", inner_loss, ("cross_entropy", "teacher_clean", "teacher_moving")),
+            ("targeted_start", targeted_start, ("negative_image", "anchor_image", "anchor_runner_up")),
+            ("target_class", target_class, ("uniform", "teacher", "student", "least_likely")),
+            ("align_target", align_target, ("teacher_clean", "teacher_at_point")),
+            ("align_distance", align_distance, adversarial_path.ALIGNMENTS), ("batching", batching, ("joint", "separate")),
+            ("natural", natural, ("anchor", "both"))):
+        _choose(f"path_{field}", value, known)
+    looks = weights in ("drop", "boundary")
+    for wrong, message in (
+            (weight_model == "teacher" and not looks,
+             f'path_weights "{weights}" do not look at one model\'s predictions; leave path_weight_model at "student"'),
+            (floor > 0 and weights == "last_only", 'path_weights "last_only" with path_floor above 0 is "uniform" in disguise; '
+             'leave path_floor at 0, or choose path_weights=uniform'),
+            (targeted_start == "anchor_runner_up" and target_class != "uniform",
+             f'path_targeted_start "anchor_runner_up" chooses the class itself; leave path_target_class at "uniform", not '
+             f'"{target_class}"'),
+            (gamma == 0 and targeted_start != "negative_image",
+             f'path_gamma is 0, so there is no targeted path to start at "{targeted_start}"; raise it'),
+            (gamma == 0 and target_class != "uniform",
+             f'path_gamma is 0, so there is no target class for "{target_class}" to choose; raise it'),
+            (natural == "both" and (gamma == 0 or alpha == 1),
+             'path_natural "both" weighs 1 - path_alpha in each branch; it needs path_alpha below 1 and path_gamma above 0')):
+        if wrong:
+            raise InputError(f"method.{message}")
+
+    runner_up = targeted_start == "anchor_runner_up"
+    chosen_by = "student" if runner_up else target_class
+    attack = path_attack(
+        inner_loss=inner_loss, points=points, targeted=gamma > 0,
+        targeted_start="anchor_image" if runner_up else targeted_start, target_class=chosen_by,
+        teacher_on_clean=gamma > 0 and chosen_by in ("teacher", "least_likely"))
+    second = int(dual_batch_norm)
+
+    def branch(names, start, batch_norm_set):
+        together = f"{names[-1]}/joint" if batching == "joint" else None
+        between = [generated(name, updates_statistics=statistics, together=together, batch_norm_set=batch_norm_set)
+                   for name in names[:-1]]
+        return (start, *between, generated(names[-1], batch_norm_set=batch_norm_set))
+
+    def aligned(names, start):
+        """The weighted alignment along one branch."""
+        if weights == "last_only":
+            names = names[-1:]  # the others' weight is 0: they are not forwarded
+        at_point = align_target == "teacher_at_point"
+        starts_student = looks and weight_model == "student"
+        teacher_views = (["clean"] if not at_point or looks and weight_model == "teacher" else []) + (
+            [*names] if at_point or looks and weight_model == "teacher" else [])
+        distance = adversarial_path.ALIGNMENTS[align_distance]
+
+        def loss(student, teacher, labels):
+            points = jnp.stack([student[name] for name in names])
+            target = jnp.stack([teacher[name if at_point else "clean"] for name in names])
+            if looks and weight_model == "teacher":
+                weigh_start, weigh = teacher["clean"], jnp.stack([teacher[name] for name in names])
+            else:
+                weigh_start, weigh = student[start] if starts_student else points[0], points
+            weight = adversarial_path.path_weights(
+                weigh_start, weigh, labels, weights, teacher_logits=target, scale=scale, floor=floor)
+            result = adversarial_path.weighted_path_loss(weight, jax.vmap(distance)(target, points), normalisation)
+            if hinge:
+                result = adversarial_path.hinge(
+                    result, adversarial_path.hinge_bound(hinge, points.shape[-1], align_distance))
+            return result
+
+        return {"loss": loss, "student": (*([start] if starts_student else []), *names), "teacher": tuple(teacher_views)}
+
+    untargeted = (*(f"path/{number}" for number in range(1, points)), "adversarial")
+    views = branch(untargeted, CLEAN, 0)
+    terms = [Term("path_untargeted", weight=alpha, **aligned(untargeted, "clean"))]
+    if gamma > 0:
+        targeted = tuple(f"targeted/{number}" for number in range(1, points + 1))
+        # With one set the start of the targeted path is the clean view itself.
+        start = View("clean/targeted", CLEAN.points, batch_norm_set=1) if dual_batch_norm else CLEAN
+        views += branch(targeted, start, second)[0 if dual_batch_norm else 1:]
+        terms.append(Term("path_targeted", weight=alpha * gamma, **aligned(targeted, start.name)))
+    if alpha < 1:
+        terms.append(_distillation("clean", "clean", name="distillation_clean", weight=1 - alpha))
+        if natural == "both":
+            terms.append(_distillation("clean", start.name, name="distillation_clean_targeted", weight=1 - alpha))
+    return Method("path", attack, views, tuple(terms))
+
+
+# Modules: on top of any method.
 
 
 def linear_ramp(progress: Array) -> Array:
@@ -166,145 +381,242 @@ def linear_ramp(progress: Array) -> Array:
     return progress
 
 
-def pgd_attack(
-    objective: Callable[[Context], Objective],
-    start: str,
+def with_igdm(
+    base: Method,
+    weight: float,
     *,
-    teacher_on_clean: bool = False,
-    teacher: bool = False,
-) -> Attack:
-    """Returns the attack that climbs `objective(context)` by PGD and generates the view "adversarial"."""
-
-    def generate(key, context, inner):
-        points = attacks.pgd(
-            key, objective(context), context.images, threat=inner.threat, step_size=inner.step_size, steps=inner.steps,
-            start=start)
-        return {"adversarial": points}
-
-    return Attack(generate, teacher_on_clean=teacher_on_clean, teacher=teacher or teacher_on_clean)
-
-
-def _cross_entropy_attack() -> Attack:
-    """max CE(S(x'), y) from a uniform start (Madry et al. 2018): the attack of PGD-AT, ARD, IAD and AKD."""
-    return pgd_attack(lambda context: lambda points: objectives.cross_entropy(context.student(points), context.labels),
-                      start="uniform")
-
-
-def _teacher_fixed_attack() -> Attack:
-    """max KL(T(x) || S(x')) from a small Gaussian start, the teacher's output fixed (RSLAD)."""
-    return pgd_attack(
-        lambda context: lambda points: objectives.kl_divergence(context.teacher_clean, context.student(points)),
-        start="gaussian", teacher_on_clean=True)
-
-
-def pgd_at() -> Method:
-    """Adversarial training without a teacher: CE(S(x'), y) (Madry et al. 2018)."""
-    loss = Term("cross_entropy", lambda student, teacher, labels: objectives.cross_entropy(student["adversarial"], labels),
-                student=("adversarial",))
-    return Method("pgd_at", _cross_entropy_attack(), (ADVERSARIAL,), (loss,))
-
-
-def ard() -> Method:
-    """Adversarially robust distillation: KL(T(x) || S(x')) (Goldblum et al. 2020).
-
-    At temperature 1, without hard labels and with the batch mean, as the IGDM authors run it; the original's temperature 30
-    and its division by the number of classes are not used here.
-    """
-    return Method("ard", _cross_entropy_attack(), (ADVERSARIAL, CLEAN), (_distillation("clean", "adversarial"),))
-
-
-def rslad(scale: float = 0.1) -> Method:
-    """Robust soft-label distillation: scale * [5/6 KL(T(x) || S(x')) + 1/6 KL(T(x) || S(x))] (Zi et al. 2021).
-
-    Without the 1e-5 that the published code adds inside the logarithm.
-
-    Args:
-      scale: 0.1 is what the published mean over batch and classes (times 10 on CIFAR-100) amounts to; 1 is the batch mean
-        that the other methods use.
-    """
-    return Method("rslad", _teacher_fixed_attack(), (ADVERSARIAL, CLEAN), (
-        _distillation("clean", "adversarial", name="distillation_adversarial", weight=scale * 5 / 6),
-        _distillation("clean", "clean", name="distillation_clean", weight=scale / 6),
-    ))
-
-
-def with_igdm(base: Method, weight: float, *, ramp: Ramp = linear_ramp, mirrored_statistics: bool = False) -> Method:
+    ramp: Ramp = linear_ramp,
+    mirrored_statistics: bool = False,
+    distance: str = "kl",
+    direction: str = "attack",
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    control: str = "none",
+) -> Method:
     """Adds indirect gradient matching to any method: + weight * ramp * IGDM (Lee et al. 2025, eq. 9 and appendix B.2).
 
-    The perturbation is the base's own. The views "clean" and "adversarial" are shared with the base; only "mirrored" is new
-    to the student.
+    D(T(x + beta d) - T(x - gamma d), S(x + beta d) - S(x - gamma d)), with the perturbation d that the base has found. The
+    views "clean" and "adversarial" are shared with the base; only "mirrored" is new to the student.
 
     Args:
       base: any method whose attack generates "adversarial".
       weight: alpha; the papers search it per teacher and student (0.2 to 220).
       ramp: progress -> factor; the papers' is linear.
       mirrored_statistics: let S(x - d) move the BatchNorm running statistics, as the published code does.
+      distance: "kl", "l1" or "l2": see `igdm`.
+      direction: d is the "attack"'s perturbation, or a "random" one, uniform in the ball.
+      beta: scale of the forward point.
+      gamma: scale of the mirrored point; 0 is the forward difference S(x + d) - S(x) (SAAD, eq. 11).
+      control: "none"; without a teacher, the controls of appendix A.5: "zero" puts 0 for the teacher's difference,
+        "mirror" is D(S(x - d), S(x + d)), "trades" D(S(x), S(x + d)).
     """
-    term = Term(
-        "igdm",
-        lambda student, teacher, labels: igdm_loss(
-            student["adversarial"], student["mirrored"], teacher["adversarial"], teacher["mirrored"]),
-        student=("adversarial", "mirrored"), teacher=("adversarial", "mirrored"), weight=weight, ramp=ramp)
-    mirrored = dataclasses.replace(MIRRORED, updates_statistics=mirrored_statistics)
-    return Method(f"{base.name}+igdm", base.attack, (*base.views, mirrored), (*base.terms, term))
+    for field, value, known in (
+            ("igdm_distance", distance, gradient_matching.DIFFERENCE_DISTANCES), ("igdm_direction", direction, _DIRECTIONS),
+            ("igdm_control", control, _CONTROLS)):
+        _choose(field, value, known)
+    for field, value in (("igdm_beta", beta), ("igdm_gamma", gamma)):
+        _need(math.isfinite(value) and value >= 0, field, value, "0 or above")
+    gamma = 0.0 if control == "trades" else gamma
+    if beta == gamma == 0:
+        raise InputError("method.igdm_beta and method.igdm_gamma are both 0: the difference is of one point; raise one")
+    attack, along, views = base.attack, "adversarial", {view.name: view for view in base.views}
+    if direction == "random":
+        attack, along = with_random_direction(attack), "random"
+
+    def at(scale, name, shared):
+        """The name of the view at x + scale d, declared where it is not yet."""
+        if scale == 0:
+            view = CLEAN
+        elif shared is not None and direction == "attack" and abs(scale) == 1:
+            view = shared
+        else:
+            view = displaced(name, along, scale)
+        if view not in (CLEAN, ADVERSARIAL):
+            view = dataclasses.replace(view, updates_statistics=mirrored_statistics)
+        if view.name not in ("clean", "adversarial") and view.name in views:
+            raise InputError(f'method "{base.name}+igdm" has 2 views named "{view.name}"; give each a name of its own')
+        views.setdefault(view.name, view)
+        return view.name
+
+    plus, minus = at(beta, "plus", ADVERSARIAL), at(-gamma, "mirrored", MIRRORED)
+    measure = gradient_matching.DIFFERENCE_DISTANCES[distance]
+
+    def loss(student, teacher, labels):
+        ahead, behind = student[plus], student[minus]
+        if control == "zero":
+            return measure(jnp.zeros_like(ahead), ahead - behind)
+        if control in ("mirror", "trades"):
+            return measure(behind, ahead)
+        return gradient_matching.igdm(ahead, behind, teacher[plus], teacher[minus], distance)
+
+    asked = (plus, minus) if control == "none" else ()
+    term = Term("igdm", loss, student=(plus, minus), teacher=asked, weight=weight, ramp=ramp)
+    return _extended(base, "igdm", attack=attack, views=tuple(views.values()), terms=(*base.terms, term))
 
 
-def _distillation(teacher_view: str, student_view: str, name: str = "distillation", weight: float = 1.0) -> Term:
-    """weight * KL(T(teacher view) || S(student view))."""
-    return Term(
-        name,
-        lambda student, teacher, labels: objectives.kl_divergence(teacher[teacher_view], student[student_view]),
-        student=(student_view,), teacher=(teacher_view,), weight=weight)
+def with_jvp(base: Method, weight: float, *, ramp: Ramp = linear_ramp) -> Method:
+    """Adds exact directional gradient matching: + weight * ramp * `jvp_matching` along the base's perturbation.
+
+    The student's Jacobian-vector product is taken in train mode, through its batch statistics: the limit of IGDM's forwards.
+    """
+    view = View(
+        "jvp", CLEAN.points, updates_statistics=False,
+        readout=lambda network, points, known, labels: gradient_matching.directional_derivative(
+            network, points, known["adversarial"] - points))
+    term = Term("jvp", lambda student, teacher, labels: gradient_matching.jvp_loss(teacher["jvp"], student["jvp"]),
+                student=("jvp",), teacher=("jvp",), weight=weight, ramp=ramp)
+    return _extended(base, "jvp", views=(*base.views, view), terms=(*base.terms, term))
 
 
-# The edge where config strings become functions.
-BASES: dict[str, Callable[..., Method]] = {"pgd_at": pgd_at, "ard": ard, "rslad": rslad}
-RAMPS: dict[str, Ramp] = {"linear": linear_ramp, "constant": jnp.ones_like}
-
-
-def method(
-    name: str,
-    *,
-    igdm: float | None = None,
-    igdm_ramp: str = "linear",
-    mirrored_statistics: bool = False,
-    rslad_scale: float = 0.1,
+def with_direct(
+    base: Method, weight: float, *, ramp: Ramp = linear_ramp, scalar: str = "probability", distance: str = "l2",
+    at: str = "clean",
 ) -> Method:
-    """Returns a method by its name.
+    """Adds direct gradient matching, by double backprop: + weight * ramp * `gradient_matching` (Lee et al. 2025, eq. 11).
 
     Args:
-      name: "pgd_at", "ard" or "rslad", with "+igdm" appended or not.
-      igdm: weight of the IGDM term. None: 10 where the name says "+igdm", else no such term. A number decides by itself:
-        above 0 adds the term, 0 leaves it out.
-      igdm_ramp: "linear" (alpha * e / E) or "constant".
-      mirrored_statistics: see `with_igdm`.
-      rslad_scale: see `rslad`.
-
-    Raises:
-      InputError: an unknown name or ramp, or a weight that is negative or not finite.
-
-    Example:
-      >>> method("rslad", igdm=10.0).name
-      'rslad+igdm'
+      base: any method.
+      weight: the paper sweeps 1 to 10,000, to no gain.
+      ramp: progress -> factor.
+      scalar: "probability", "logit" or "cross_entropy": see `gradient_matching`; the paper does not say.
+      distance: "l2", "squared_l2" or "cosine".
+      at: the view at which gradients are matched, "clean" or "adversarial".
     """
-    base_name, *modules = name.split("+")
-    if base_name not in BASES:
-        raise InputError(f'method.name is "{name}"; {_suggest(base_name, BASES)}')
-    if modules not in ([], ["igdm"]):
-        raise InputError(f'method.name is "{name}"; the module that can follow a base is "+igdm"')
-    if igdm is None:
-        igdm = DEFAULT_IGDM_WEIGHT if modules else 0.0
-    if not (math.isfinite(igdm) and igdm >= 0):
-        raise InputError(f"method.igdm is {igdm}; it must be a number of 0 or above")
-    if igdm_ramp not in RAMPS:
-        raise InputError(f'method.igdm_ramp is "{igdm_ramp}"; {_suggest(igdm_ramp, RAMPS)}')
-    base = rslad(rslad_scale) if base_name == "rslad" else BASES[base_name]()
-    if igdm == 0:
-        return base
-    return with_igdm(base, igdm, ramp=RAMPS[igdm_ramp], mirrored_statistics=mirrored_statistics)
+    for field, value, known in (
+            ("direct_scalar", scalar, gradient_matching.SCALARS), ("direct_at", at, ("clean", "adversarial")),
+            ("direct_distance", distance, gradient_matching.GRADIENT_DISTANCES)):
+        _choose(field, value, known)
+    view = View(
+        "input_gradient", (CLEAN if at == "clean" else ADVERSARIAL).points, updates_statistics=False,
+        readout=lambda network, points, known, labels: gradient_matching.input_gradients(network, points, labels, scalar))
+    measure = gradient_matching.GRADIENT_DISTANCES[distance]
+    term = Term(
+        "direct", lambda student, teacher, labels: measure(teacher["input_gradient"], student["input_gradient"]),
+        student=("input_gradient",), teacher=("input_gradient",), weight=weight, ramp=ramp)
+    return _extended(base, "direct", views=(*base.views, view), terms=(*base.terms, term))
 
 
-def _suggest(name: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def with_awp(base: Method, gamma: float, *, warmup: float = 0.0) -> Method:
+    """Takes the loss of any method at adversarially perturbed weights (AWP, Wu et al. 2020): see `WeightPerturbation`.
+
+    The perturbation climbs the method's whole loss, and its forwards leave the running statistics alone. Weight decay acts on
+    the weights themselves, where the published code lets it act on the perturbed ones.
+
+    Args:
+      base: any method.
+      gamma: relative size, above 0 (published: 0.01 on AT, 0.005 on TRADES).
+      warmup: fraction of training without it, in [0, 1) (published: 0 on AT, 10 of 200 epochs on TRADES).
+    """
+    _need(gamma > 0, "awp", gamma, "above 0")
+    _need(0 <= warmup < 1, "awp_warmup", warmup, "in [0, 1)")
+    if base.weight_perturbation:
+        raise InputError(f'method "{base.name}" has a weight perturbation already; give one')
+    return _extended(base, "awp", weight_perturbation=WeightPerturbation(gamma, warmup))
+
+
+def with_forwards(base: Method, order: Collection[str]) -> Method:
+    """Forwards the student on these views in this order, repeats included, each moving the running statistics.
+
+    Published code forwards some views twice, and some that no term reads; the losses are the same, the running statistics
+    that the student is evaluated with are not.
+    """
+    declared, views = {view.name: view for view in base.views}, []
+    declared.setdefault("clean", CLEAN)
+    for name in order:
+        view = dataclasses.replace(declared[name], updates_statistics=True, always=True)
+        repeats = sum(other.name.partition("#")[0] == name for other in views)
+        views.append(dataclasses.replace(view, name=f"{name}#{repeats + 1}" if repeats else name))
+    rest = [view for name, view in declared.items() if name not in order]
+    return dataclasses.replace(base, views=(*views, *rest))
+
+
+def _extended(base: Method, module: str, **changes) -> Method:
+    return dataclasses.replace(base, name=f"{base.name}+{module}", **changes)
+
+
+# Terms that several methods share.
+
+
+_REDUCTIONS = ("batchmean", "mean")
+_DIRECTIONS = ("attack", "random")
+_CONTROLS = ("none", "zero", "mirror", "trades")
+_CORRECTIONS = {
+    "swap": dynamic_guidance.swap_labels, "smooth": dynamic_guidance.smooth_labels, "mix": dynamic_guidance.mix_labels,
+    "none": lambda teacher_logits, labels: teacher_logits}
+
+
+def _cross_entropy(view: str, weight: float = 1.0) -> Term:
+    """weight * CE(S(view), y)."""
+    return Term(
+        "cross_entropy", lambda student, teacher, labels: objectives.cross_entropy(student[view], labels), student=(view,),
+        weight=weight)
+
+
+def _hard_labels(weight: float, view: str = "clean") -> tuple[Term, ...]:
+    """The cross-entropy term of a mixture, or nothing where its weight is 0: the view need not be forwarded then."""
+    return (_cross_entropy(view, weight),) if weight > 0 else ()
+
+
+def _distillation(
+    teacher_view: str, student_view: str, name: str = "distillation", weight: float = 1.0, temperature: float = 1.0,
+    reduction: str = "batchmean",
+) -> Term:
+    """weight * tau^2 KL_tau(T(teacher view) || S(student view)), divided by the number of classes for "mean"."""
+    def loss(student, teacher, labels):
+        logits = student[student_view]
+        divergence = temperature**2 * objectives.kl_divergence(teacher[teacher_view], logits, temperature)
+        return divergence / logits.shape[-1] if reduction == "mean" else divergence
+
+    return Term(name, loss, student=(student_view,), teacher=(teacher_view,), weight=weight)
+
+
+def _self_distillation(detach: bool = False) -> Loss:
+    """KL(S(x) || S(x'))."""
+    def loss(student, teacher, labels):
+        target = jax.lax.stop_gradient(student["clean"]) if detach else student["clean"]
+        return objectives.kl_divergence(target, student["adversarial"])
+
+    return loss
+
+
+def _introspective(name, attack, target, temperature, alpha, beta, warmup, weighting) -> Method:
+    """IAD and AdaIAD: see `iad`; `target` is the view on which the teacher's distribution is matched."""
+    _need(temperature > 0, f"{name}_temperature", temperature, "above 0")
+    _need(0 < alpha <= 1, f"{name}_alpha", alpha, "in (0, 1]")
+    _need(beta >= 0, f"{name}_beta", beta, "0 or above")
+    _need(0 <= warmup < 1, f"{name}_warmup", warmup, "in [0, 1)")
+    _choose(f"{name}_weighting", weighting, ("self", "both"))
+    from_teacher = _distillation(target, "adversarial", weight=alpha, temperature=temperature)
+    from_itself = _self_distillation()
+
+    def introspection_loss(student, teacher, labels):
+        doubt = 1 - introspection.reliability(teacher["adversarial"], labels, beta)
+        gained = from_itself(student, teacher, labels)
+        # A KL_teacher + (1 - A) KL_self = KL_teacher + (1 - A) (KL_self - KL_teacher)
+        lost = from_teacher.loss(student, teacher, labels) if weighting == "both" else 0.0
+        return doubt * (gained - lost)
+
+    own = Term(
+        "introspection", introspection_loss, student=("clean", "adversarial"),
+        teacher=tuple({target: None, "adversarial": None}), weight=alpha, ramp=lambda progress: 1.0 * (progress > warmup))
+    reliable = Monitor("reliability", lambda student, teacher, labels: introspection.reliability(
+        teacher["adversarial"], labels, beta))
+    return Method(
+        name, attack, (ADVERSARIAL, CLEAN), (from_teacher, own, *_hard_labels(1 - alpha)), (reliable,))
+
+
+def _need(ok: bool, field: str, value, rule: str) -> None:
+    if not ok:
+        raise InputError(f"method.{field} is {value}; it must be {rule}")
+
+
+def _choose(field: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise InputError(f'method.{field} is "{value}"; {suggest(value, known)}')
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """Returns "did you mean ...? known: ..."."""
+    close = difflib.get_close_matches(str(name), known, n=1)
     hint = f'did you mean "{close[0]}"? ' if close else ""
     return f"{hint}known: {', '.join(known)}"

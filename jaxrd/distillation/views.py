@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 import jax
 
 Array = jax.Array
+LogitsFn = Callable[[Array], Array]  # images -> logits
+Known = Mapping[str, Array]  # "clean" and what the attack generated: name -> images [batch, h, w, c]
+Readout = Callable[[LogitsFn, Array, Known, Array], Array]  # (network, points, known, labels) -> [batch, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +24,35 @@ class View:
       points: from the images known so far ("clean" and what the attack generated) to this view's, [batch, h, w, c].
       updates_statistics: whether the student's train-mode forward of this view moves the BatchNorm running statistics.
         Its own batch statistics normalise it either way.
+      batch_norm_set: which of the student's BatchNorm sets normalises it; 0 is the one used at test.
+      together: views that share this name are forwarded by the student as one batch, normalised by their common statistics.
+      readout: what terms get instead of the logits, such as an input gradient: (network, points, known, labels) ->
+        [batch, ...], where the network is images -> logits. Such a view never moves the running statistics.
+      always: forwarded by the student even where no term reads it, for the sake of the running statistics.
     """
 
     name: str
-    points: Callable[[Mapping[str, Array]], Array]
+    points: Callable[[Known], Array]
     updates_statistics: bool = True
+    batch_norm_set: int = 0
+    together: str | None = None
+    readout: Readout | None = None
+    always: bool = False
 
 
-CLEAN = View("clean", lambda known: known["clean"])
-ADVERSARIAL = View("adversarial", lambda known: known["adversarial"])
+def generated(name: str, **options) -> View:
+    """Returns the view of what the attack generated under this name; `options` are those of `View`."""
+    return View(name, lambda known: known[name], **options)
+
+
+CLEAN = generated("clean")
+ADVERSARIAL = generated("adversarial")
+
+
+def displaced(name: str, along: str, scale: float, **options) -> View:
+    """Returns the view x + scale * (along - x), not clipped to the pixel bounds."""
+    return View(name, lambda known: known["clean"] + scale * (known[along] - known["clean"]), **options)
+
 
 # x - d, not clipped to the pixel bounds, as in the published IGDM code. Kept out of the running statistics: it is no image
 # that the student will be asked about, and letting it in costs robust accuracy on digits (measured: README).

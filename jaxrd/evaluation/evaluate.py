@@ -13,9 +13,10 @@ from jaxrd.config import Config
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
+from jaxrd.evaluation.plots import is_number
 from jaxrd.training import checkpoint, parallel
 from jaxrd.training.loop import check_teacher, open_data
-from jaxrd.training.log import write_json
+from jaxrd.training.log import read_metrics, write_json
 
 _CURVE_ATTACK = _GALLERY_ATTACK = "pgd20"
 _GALLERY_IMAGES = 10
@@ -114,10 +115,19 @@ def evaluate(
         known = {threat.epsilon: results[_CURVE_ATTACK].accuracy}
         record["robustness_curve"] = robustness.robustness_curve(
             model, variables, source, threat, radii, name=_CURVE_ATTACK, known=known, **shared)
+    if seconds := _seconds_per_step(workdir, config.training.batch_size):
+        record["training"] = {"seconds_per_step": seconds}
     record["seconds"] = {name: round(result.seconds, 3) for name, result in results.items()}
     _write_gallery(workdir, model, variables, source, threat, results.get(_GALLERY_ATTACK), shared)
     write_json(workdir / "evaluation.json", record)
     return record
+
+
+def _seconds_per_step(workdir, batch_size: int) -> float | None:
+    """The median pace of training, as its log has it: without compilation and validation."""
+    entries = read_metrics(workdir / "metrics.jsonl")
+    pace = [entry["images_per_second"] for entry in entries if is_number(entry.get("images_per_second"))]
+    return batch_size / float(np.median(pace)) if pace else None
 
 
 def _definition(protocol: robustness.Protocol, epsilon: float) -> dict[str, Any]:

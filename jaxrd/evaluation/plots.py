@@ -148,7 +148,8 @@ def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None
     """
     keys = dict.fromkeys(key for row in rows for run in row.runs for line in run.metrics for key in line)
     validation = [key for key in keys if key.startswith("validation/")]
-    terms = [key for key in keys if key.startswith("train/") and not key.startswith(("train/accuracy", "train/loss"))]
+    terms = [key for key in keys if key.startswith("train/") and not key.startswith(
+        ("train/accuracy", "train/teacher_accuracy", "train/weight", "train/loss"))]
     panels = validation + [key for key in ("train/loss",) if key in keys] + terms
     if not panels:
         return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxrd.errors import InputError
 from jaxrd.evaluation import page, plots, tables
 from jaxrd.evaluation.runs import (
-    ALIGNMENT, aggregate, collapse, count_text, flat, images_text, is_number, radius_text, read_gallery, read_runs,
+    ALIGNMENT, MEASURES, aggregate, collapse, count_text, flat, images_text, is_number, radius_text, read_gallery, read_runs,
     short, summary, to_rows)
 from jaxrd.evaluation.tables import markdown_table, table
 
@@ -171,7 +171,7 @@ def _differences(groups):
                 cells.append("-")
                 continue
             difference = group["values"][key]["mean"] - bases[0]["values"][key]["mean"]
-            factor, decimals = (1, 3) if key in ALIGNMENT else (100, 1)
+            factor, decimals = (1, 3) if key in MEASURES else (100, 1)
             # Adding 0.0 turns a rounded -0.0 into 0.0.
             cells.append(f"{round(factor * difference, decimals) + 0.0:+.{decimals}f}")
         body.append([escape(f"{group['label']} − {bases[0]['label']}"), *(cell.replace("-", "−") for cell in cells)])
@@ -252,7 +252,7 @@ def _every_run(runs):
     rows = to_rows(runs)
     directories = {str(run.workdir): run for run in runs}
     names = [(key, heading) for key, heading in tables.columns(aggregate(rows))
-             if any(key in row["accuracy"] or key in row["alignment"] for row in rows)]
+             if any(key in row["accuracy"] or key in row["measures"] for row in rows)]
     body = []
     for row in rows:
         run = directories[row["workdir"]]

@@ -21,6 +21,7 @@ from jaxrd.evaluation.plots import is_number
 from jaxrd.training.log import read_metrics
 
 ALIGNMENT = {"gradient_cosine": "grad cosine", "gradient_distance": "grad distance"}
+MEASURES = {**ALIGNMENT, "seconds_per_step": "s/step"}  # what is measured besides accuracies, and its heading
 _IDENTITY = ("role", "method", "student", "data", "norm", "epsilon", "train_examples")
 _GALLERY_ARRAYS = ("images", "adversarial", "labels", "clean_prediction", "adversarial_prediction")
 
@@ -50,7 +51,7 @@ def summary(workdirs: Iterable[str | Path]) -> list[dict]:
 
     Returns:
       Rows with "workdir", "role" ("teacher" or "student"), "method", "student", "parameters", "data", "train_examples"
-      (None: all, or unknown), "norm", "epsilon", "seed", "teacher", "accuracy" and "alignment" (from `evaluation.json`,
+      (None: all, or unknown), "norm", "epsilon", "seed", "teacher", "accuracy" and "measures" (from `evaluation.json`,
       empty where it is absent) and "config" (flat: "method.igdm" -> value).
 
     Raises:
@@ -138,7 +139,7 @@ def to_rows(runs: Iterable[Run]) -> list[dict]:
         described, data = evaluation.get("run", {}), evaluation.get("data", {})
         threat = evaluation.get("threat") or _part(config, "threat")
         examples = data.get("train_examples")
-        alignment = evaluation.get("alignment", {})
+        measured = {**evaluation.get("alignment", {}), **evaluation.get("training", {})}
         rows.append({
             "workdir": str(run.workdir), "role": "student",
             # What was built: an IGDM weight of its own may add the module to the name in the configuration, or remove it.
@@ -152,7 +153,7 @@ def to_rows(runs: Iterable[Run]) -> list[dict]:
             "seed": config.get("seed", described.get("seed")),
             "teacher": str(config.get("teacher") or described.get("teacher") or ""),
             "accuracy": evaluation.get("accuracy", {}),
-            "alignment": {name: alignment[name] for name in ALIGNMENT if name in alignment},
+            "measures": {name: measured[name] for name in MEASURES if name in measured},
             "config": flat(config),
         })
     named = {Path(row["teacher"]) for row in rows if row["teacher"]}
@@ -171,7 +172,7 @@ def collapse(rows: Sequence[dict]) -> dict:
     group = {key: rows[0][key] for key in ("role", "method", "student", "data", "norm", "epsilon")}
     for key in ("train_examples", "parameters"):
         group[key] = next((row[key] for row in rows if row[key] is not None), None)
-    results = [{**row["accuracy"], **row["alignment"]} for row in rows]
+    results = [{**row["accuracy"], **row["measures"]} for row in rows]
     group["values"] = {}
     for name in dict.fromkeys(name for result in sorted(results, key=len, reverse=True) for name in result):
         values = [float(result[name]) for result in results if name in result]
@@ -236,7 +237,7 @@ def _json(path, way_out):
 
 
 def _check(evaluation, path, way_out):
-    for name in ("run", "data", "threat", "accuracy", "attacks", "alignment", "robustness_curve"):
+    for name in ("run", "data", "threat", "accuracy", "attacks", "alignment", "training", "robustness_curve"):
         if not isinstance(evaluation.get(name, {}), dict):
             raise InputError(f"{path}: {name} is {short(evaluation[name])} instead of an object; {way_out}")
     curve = evaluation.get("robustness_curve") or {"epsilon": [], "accuracy": []}
@@ -247,7 +248,8 @@ def _check(evaluation, path, way_out):
     for name, value in named:
         if not (is_number(value) and 0 <= value <= 1):
             raise InputError(f"{path}: accuracy {name} is {short(value)}, outside [0, 1]; {way_out}")
-    numbers = [*radii, *(value for name, value in evaluation.get("alignment", {}).items() if name in ALIGNMENT)]
+    numbers = [*radii, *(value for section in ("alignment", "training") for name, value in evaluation.get(section, {}).items()
+                         if name in MEASURES)]
     for value in numbers + [evaluation["threat"].get("epsilon")] * ("threat" in evaluation):
         if not (is_number(value) and math.isfinite(value)):
             raise InputError(f"{path}: {short(value)} stands where a finite number belongs; {way_out}")

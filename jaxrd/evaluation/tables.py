@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jaxrd.evaluation import plots
-from jaxrd.evaluation.runs import ALIGNMENT, aggregate, images_text, radius_text, summary
+from jaxrd.evaluation.runs import MEASURES, aggregate, images_text, radius_text, summary
 
 _DEFAULT_COLUMNS = ("clean", "fgsm", "pgd20", "cw30", "strong")
 
@@ -60,7 +60,7 @@ def columns(groups: Sequence[dict]) -> list[tuple[str, str]]:
     students = [group for group in groups if group["role"] == "student"]
     fullest_first = sorted(groups, key=lambda group: -len(group["values"]))
     present = dict.fromkeys(name for group in fullest_first for name in group["values"])
-    names = [name for name in present if name not in ALIGNMENT] or _DEFAULT_COLUMNS
+    names = [name for name in present if name not in MEASURES] or _DEFAULT_COLUMNS
     return [("method", "method"),
             *([("student", "model")] if len({group["student"] for group in students}) > 1 else []),
             *([("data", "data")] if len({group["data"] for group in groups}) > 1 else []),
@@ -68,7 +68,7 @@ def columns(groups: Sequence[dict]) -> list[tuple[str, str]]:
             ("train_examples", "train images"),
             *([("seeds", "seeds")] if any(group["seeds"] > 1 for group in groups) else []),
             *((name, plots.attack_name(name)) for name in names),
-            *((name, heading) for name, heading in ALIGNMENT.items() if name in present)]
+            *((name, heading) for name, heading in MEASURES.items() if name in present)]
 
 
 def text_columns(chosen: Sequence[tuple[str, str]]) -> int:
@@ -90,7 +90,7 @@ def cell(group: dict, key: str) -> str:
     if key not in group["values"]:
         return "-"
     mean, sd = group["values"][key]["mean"], group["values"][key]["sd"]
-    if key in ALIGNMENT:
+    if key in MEASURES:
         decimals = 3 if mean == 0 else min(max(0, 2 - math.floor(math.log10(abs(mean)))), 8)
     else:
         mean, sd, decimals = 100 * mean, None if sd is None else 100 * sd, 1
@@ -102,7 +102,7 @@ def best(groups: Sequence[dict], key: str) -> set[int]:
     places = set()
     peers = {}
     for place, group in enumerate(groups):
-        if group["role"] == "student" and key in group["values"]:
+        if group["role"] == "student" and key in group["values"] and key != "seconds_per_step":
             peers.setdefault((group["data"], group["norm"], group["epsilon"]), []).append(place)
     for members in peers.values():
         shown = {place: float(cell(groups[place], key).split(" ")[0]) for place in members}

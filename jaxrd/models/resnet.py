@@ -46,14 +46,32 @@ def convolution(
         dtype: jnp.dtype,
         name: str,
         kernel_init: Callable = torch_uniform,
+        groups: int = 1,
 ) -> nn.Conv:
     """Returns a bias-free convolution, size x size with size odd, that pads size // 2 on all four sides.
 
-    Flax's "SAME" pads a convolution of stride 2 on the right and the bottom only: another network than PyTorch's.
+    Flax's "SAME" pads a convolution of stride 2 on the right and the bottom only: another network than PyTorch's. As many
+    `groups` as channels make it depthwise.
     """
     padding = ((size // 2, size // 2),) * 2
     return nn.Conv(
-        features, (size, size), stride, padding, use_bias=False, kernel_init=kernel_init, dtype=dtype, name=name)
+        features, (size, size), stride, padding, feature_group_count=groups, use_bias=False, kernel_init=kernel_init,
+        dtype=dtype, name=name)
+
+
+def shortcut(x: Array, features: int, stride: int, dtype: jnp.dtype, train: bool) -> Array:
+    """Returns x, or bn(conv1x1(x)) where a block changes its shape; to be called inside the block, which owns the layers."""
+    if stride == 1 and x.shape[-1] == features:
+        return x
+    x = convolution(features, 1, stride, dtype, "shortcut_conv")(x)
+    return batch_norm(train, dtype, "shortcut_bn")(x)
+
+
+def pool_and_classify(x: Array, classes: int) -> Array:
+    """Returns linear(mean of x over the image), in float32 whatever x is; to be called inside the network."""
+    x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    bias_init = functools.partial(torch_uniform, fan_in=x.shape[-1])
+    return nn.Dense(classes, kernel_init=torch_uniform, bias_init=bias_init, dtype=jnp.float32, name="linear")(x)
 
 
 class BasicBlock(nn.Module):
@@ -75,7 +93,7 @@ class BasicBlock(nn.Module):
         out = nn.relu(batch_norm(train, self.dtype, "bn1")(out))
         out = convolution(self.width, 3, 1, self.dtype, "conv2")(out)
         out = batch_norm(train, self.dtype, "bn2")(out)
-        return nn.relu(out + _shortcut(x, self.width, self.stride, self.dtype, train))
+        return nn.relu(out + shortcut(x, self.width, self.stride, self.dtype, train))
 
 
 class BottleneckBlock(nn.Module):
@@ -99,7 +117,7 @@ class BottleneckBlock(nn.Module):
         out = nn.relu(batch_norm(train, self.dtype, "bn2")(out))
         out = convolution(4 * self.width, 1, 1, self.dtype, "conv3")(out)
         out = batch_norm(train, self.dtype, "bn3")(out)
-        return nn.relu(out + _shortcut(x, 4 * self.width, self.stride, self.dtype, train))
+        return nn.relu(out + shortcut(x, 4 * self.width, self.stride, self.dtype, train))
 
 
 class ResNet(nn.Module):
@@ -129,15 +147,4 @@ class ResNet(nn.Module):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
                 x = self.block(self.width * 2**stage, stride, self.dtype, name=f"layer{stage + 1}_{index}")(x, train)
-        x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
-        bias_init = functools.partial(torch_uniform, fan_in=x.shape[-1])
-        return nn.Dense(
-            self.classes, kernel_init=torch_uniform, bias_init=bias_init, dtype=jnp.float32, name="linear")(x)
-
-
-def _shortcut(x: Array, features: int, stride: int, dtype: jnp.dtype, train: bool) -> Array:
-    """Returns x, or bn(conv1x1(x)) where the block changes its shape."""
-    if stride == 1 and x.shape[-1] == features:
-        return x
-    x = convolution(features, 1, stride, dtype, "shortcut_conv")(x)
-    return batch_norm(train, dtype, "shortcut_bn")(x)
+        return pool_and_classify(x, self.classes)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrd.models.normalization import batch_norm
+from jaxrd.models.preact_resnet import PreActBlock
 from jaxrd.models.resnet import convolution, draw_flat, torch_uniform
 
 Array = jax.Array
@@ -27,32 +28,6 @@ def he_normal_fan_out(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.f
     """
     height, width, _, outputs = shape
     return draw_flat(jax.random.normal, key, shape, dtype) * math.sqrt(2 / (height * width * outputs))
-
-
-class WideBlock(nn.Module):
-    """shortcut + conv3x3(relu(bn(conv3x3(relu(bn(x)))))).
-
-    The shortcut is x itself, or conv1x1(relu(bn(x))), from the activated input, where the number of channels changes.
-
-    Attributes:
-      features: channels that come out.
-      stride: of the first convolution and of the shortcut.
-      dtype: compute dtype.
-    """
-
-    features: int
-    stride: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        activated = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
-        out = convolution(self.features, 3, self.stride, self.dtype, "conv1", he_normal_fan_out)(activated)
-        out = nn.relu(batch_norm(train, self.dtype, "bn2")(out))
-        out = convolution(self.features, 3, 1, self.dtype, "conv2", he_normal_fan_out)(out)
-        if x.shape[-1] != self.features:
-            x = convolution(self.features, 1, self.stride, self.dtype, "shortcut_conv", he_normal_fan_out)(activated)
-        return x + out
 
 
 class WideResNet(nn.Module):
@@ -79,7 +54,8 @@ class WideResNet(nn.Module):
             for index in range((self.depth - 4) // 6):
                 stride = 2 if group > 0 and index == 0 else 1
                 features = 16 * self.width * 2**group
-                x = WideBlock(features, stride, self.dtype, name=f"block{group + 1}_{index}")(x, train)
+                block = PreActBlock(features, stride, self.dtype, he_normal_fan_out, name=f"block{group + 1}_{index}")
+                x = block(x, train)
         x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return nn.Dense(self.classes, kernel_init=torch_uniform, dtype=jnp.float32, name="fc")(x)

@@ -1,4 +1,4 @@
-"""Models by name, each behind two pure functions: `init(key)` and `apply(variables, images, train)`."""
+"""Models by name, each behind two pure functions: `init(key)` and `apply(variables, images, train, batch_norm_set)`."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxrd.errors import InputError
+from jaxrd.models.batch_norm_sets import add_sets, replace_statistics, select_set
+from jaxrd.models.mobilenet_v2 import MobileNetV2
 from jaxrd.models.normalization import normalize_images
+from jaxrd.models.preact_resnet import PreActResNet
 from jaxrd.models.resnet import BasicBlock, BottleneckBlock, ResNet
 from jaxrd.models.wide_resnet import WideResNet
 
@@ -23,9 +26,10 @@ Variables = dict
 # Residual blocks per stage. 6, 8 and 10 are small ones for small images and quick runs.
 _RESNET_BLOCKS = {6: (1, 1), 8: (1, 1, 1), 10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 _FORMS = (
-    "resnet18, resnet34, resnet50, resnet{depth}_w{width} with depth 6, 8, 10, 18, 34 or 50, "
-    "wrn{depth}_{width} with depth 10, 16, 22, 28, 34, ...")
+    "resnet18, resnet34, resnet50, resnet{depth}_w{width} with depth 6, 8, 10, 18, 34 or 50, preact_resnet18, "
+    "preact_resnet18_w{width}, mobilenet_v2, wrn{depth}_{width} with depth 10, 16, 22, 28, 34, ...")
 _EXAMPLES = ["resnet18", "resnet34", "resnet50", "wrn16_4", "wrn28_10", "wrn34_10", "wrn34_20", "wrn70_16"]
+_EXAMPLES += ["preact_resnet18", "mobilenet_v2"]
 _EXAMPLES += [f"resnet{depth}_w{width}" for depth in _RESNET_BLOCKS for width in (8, 16, 32)]
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -39,19 +43,23 @@ class Model:
       classes: number of logits.
       image_shape: (height, width, channels) of one image.
       init: init(key) -> variables {"params": ..., "batch_stats": ...}, all float32.
-      apply: apply(variables, images, train) -> (logits [batch, classes] float32, new batch_stats), for images
-        [batch, height, width, channels] float in [0, 1]. `train` is a Python bool: True normalises by the batch and
-        returns updated statistics, False normalises by the running statistics and returns them unchanged. Raises
-        InputError where the images have another shape or are integers.
+      apply: apply(variables, images, train, batch_norm_set=0) -> (logits [batch, classes] float32, new batch_stats), for
+        images [batch, height, width, channels] float in [0, 1]. `train` is a Python bool: True normalises by the batch and
+        returns updated statistics, False normalises by the running statistics and returns them unchanged.
+        `batch_norm_set` is a Python int: whose scale, bias and statistics are used, and moved; those of other sets are
+        returned as they are. Raises InputError where the images have another shape or are integers, or where there is no
+        such set.
       specification: the arguments of `create` as JSON can hold them: `create(**specification)` is this model again.
+      batch_norm_sets: number of sets of BatchNorm parameters and statistics.
     """
 
     name: str
     classes: int
     image_shape: tuple[int, int, int]
     init: Callable[[Array], Variables]
-    apply: Callable[[Variables, Array, bool], tuple[Array, Variables]]
+    apply: Callable[..., tuple[Array, Variables]]
     specification: dict = dataclasses.field(compare=False)
+    batch_norm_sets: int = 1
 
 
 def create(
@@ -62,13 +70,15 @@ def create(
         dtype: str = "float32",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        batch_norm_sets: int = 1,
 ) -> Model:
     """Returns the model of that name.
 
     Names: "resnet18", "resnet34" and "resnet50" (He et al. 2016, the CIFAR layout); "resnet{depth}_w{width}", the same
     with `width` instead of 64 channels in the first stage, and also with depth 6, 8 or 10: one block in each of 2, 3 or
-    4 stages; "wrn{depth}_{width}" (Zagoruyko and Komodakis 2016, as in TRADES), depth 6n + 4. Any image size will do:
-    the last layer pools over all of it.
+    4 stages; "preact_resnet18" and "preact_resnet18_w{width}" (He et al. 2016, "Identity Mappings", as in the IGDM code);
+    "mobilenet_v2" (Sandler et al. 2018, the CIFAR layout of the distillation papers); "wrn{depth}_{width}" (Zagoruyko and
+    Komodakis 2016, as in TRADES), depth 6n + 4. Any image size will do: the last layer pools over all of it.
 
     Args:
       name: as above.
@@ -78,6 +88,9 @@ def create(
         layer and logits are float32 either way.
       mean: per channel, subtracted from the images inside the model; None with `std` None: images stay in [0, 1].
       std: per channel, above 0; the images are divided by it.
+      batch_norm_sets: with more than 1, every BatchNorm layer has that many sets of scale, bias and running statistics,
+        equal at first, and `apply` says which one it uses. Set k > 0 lies under "batch_norm_k" of "params" and of
+        "batch_stats", set 0 where it lies without the others; all other weights are shared.
 
     Raises:
       InputError: an unknown name, or an argument outside those ranges.
@@ -97,30 +110,36 @@ def create(
     if dtype not in _DTYPES:
         raise InputError(f'model dtype is {dtype!r}; use "float32" or "bfloat16"')
     mean, std = _checked_statistics(mean, std, channels=image_shape[2])
-    return _create(name, int(classes), tuple(map(int, image_shape)), dtype, mean, std)
+    if not (isinstance(batch_norm_sets, numbers.Integral) and batch_norm_sets >= 1):
+        raise InputError(f"model batch_norm_sets is {batch_norm_sets!r}; it must be a whole number of at least 1")
+    return _create(name, int(classes), tuple(map(int, image_shape)), dtype, mean, std, int(batch_norm_sets))
 
 
 # Cached, so that two equal models are one static argument, and what was compiled for the first serves the second.
 @functools.lru_cache(maxsize=None)
-def _create(name, classes, image_shape, dtype, mean, std) -> Model:
+def _create(name, classes, image_shape, dtype, mean, std, sets) -> Model:
     module = _module(name, classes, _DTYPES[dtype])
 
     # Compiled, because only then is the forward pass that discovers the parameter shapes not computed.
     @jax.jit
     def init(key):
-        return dict(module.init(key, jnp.zeros((1, *image_shape)), train=False))
+        return add_sets(dict(module.init(key, jnp.zeros((1, *image_shape)), train=False)), sets)
 
-    def apply(variables, images, train):
+    def apply(variables, images, train, batch_norm_set=0):
         _check_images(images, name, image_shape)
+        batch_norm_set = _checked_set(batch_norm_set, name, sets)
         images = normalize_images(images, mean, std)
+        batch_stats = variables["batch_stats"]
+        variables = select_set(variables, batch_norm_set, sets)
         if not train:
-            return module.apply(variables, images, train=False), variables["batch_stats"]
+            return module.apply(variables, images, train=False), batch_stats
         logits, updated = module.apply(variables, images, train=True, mutable=["batch_stats"])
-        return logits, updated["batch_stats"]
+        return logits, replace_statistics(batch_stats, batch_norm_set, updated["batch_stats"])
 
     specification = {
-        "name": name, "classes": classes, "image_shape": image_shape, "dtype": dtype, "mean": mean, "std": std}
-    return Model(name, classes, image_shape, init, apply, specification)
+        "name": name, "classes": classes, "image_shape": image_shape, "dtype": dtype, "mean": mean, "std": std,
+        "batch_norm_sets": sets}
+    return Model(name, classes, image_shape, init, apply, specification, sets)
 
 
 def logits_fn(model: Model, variables: Variables) -> Callable[[Array], Array]:
@@ -156,6 +175,10 @@ def _module(name: str, classes: int, dtype: jnp.dtype) -> nn.Module:
         if depth in (18, 34, 50) or depth in _RESNET_BLOCKS and match[2]:
             block = BottleneckBlock if depth == 50 else BasicBlock
             return ResNet(_RESNET_BLOCKS[depth], width, block, classes, dtype)
+    if match := re.fullmatch(r"preact_resnet18(?:_w([1-9]\d*))?", str(name)):
+        return PreActResNet(_RESNET_BLOCKS[18], int(match[1] or 64), classes, dtype)
+    if name == "mobilenet_v2":
+        return MobileNetV2(classes, dtype)
     if match := re.fullmatch(r"wrn([1-9]\d*)_([1-9]\d*)", str(name)):
         depth, width = int(match[1]), int(match[2])
         if depth >= 10 and depth % 6 == 4:
@@ -192,3 +215,13 @@ def _check_images(images: Array, name: str, image_shape: tuple[int, int, int]) -
             "resize them, or create the model with their image_shape")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(f"images are {images.dtype}; give float32 in [0, 1], such as images / 255")
+
+
+def _checked_set(batch_norm_set: int, name: str, sets: int) -> int:
+    """Returns batch_norm_set; raises InputError where the model has no such set."""
+    if isinstance(batch_norm_set, numbers.Integral) and 0 <= batch_norm_set < sets:
+        return int(batch_norm_set)
+    has = "only set 0" if sets == 1 else f"sets 0 to {sets - 1}"
+    raise InputError(
+        f'batch_norm_set is {batch_norm_set!r}, but model "{name}" has {has}; '
+        "give one of these, or create the model with more batch_norm_sets")

@@ -66,9 +66,9 @@ class Log:
                      **{f"train/{name}": value for name, value in metrics.items()},
                      "learning_rate": learning_rate, **speed})
         terms = [f"{name} {value:.3f}" for name, value in metrics.items()
-                 if not name.startswith("accuracy/") and name not in ("loss", "gradient_norm")]
-        accuracy = [f"{name.removeprefix('accuracy/')} {value:.1%}" for name, value in metrics.items()
-                    if name.startswith("accuracy/")]
+                 if f"weight/{name}" in metrics]
+        accuracy = [f"{name} {metrics[f'accuracy/{name}']:.1%}" for name in ("clean", "adversarial", "mirrored")
+                    if f"accuracy/{name}" in metrics]
         if "accuracy/clean" not in metrics and self._validation:
             accuracy.append(f"clean {self._validation['validation/clean_accuracy']:.1%} (validation)")
         pace = "first step, compilation included"
@@ -81,8 +81,10 @@ class Log:
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         self._validation = metrics
         self._write({"step": step, **metrics})
+        cosine = metrics.get("validation/gradient_cosine")
         self.say(f"{self._position(step)}  validation: clean {metrics['validation/clean_accuracy']:.1%}, "
-                 f"PGD-10 {metrics['validation/pgd_accuracy']:.1%}")
+                 f"PGD-10 {metrics['validation/pgd_accuracy']:.1%}"
+                 + (f", gradient cosine {cosine:.3f}" if cosine is not None else ""))
         self._begin_interval(step)
 
     def _begin_interval(self, step: int) -> None:

@@ -2,10 +2,12 @@
 
 A run directory holds config.json, environment.json, metrics.jsonl and checkpoints/. The same call on a directory that holds
 checkpoints continues from the last one, to the same parameters as a run that was never interrupted (where the device's
-arithmetic is deterministic): batches, augmentation and attacks are functions of (seed, step) alone, and the rest is in the state.
+arithmetic is deterministic): batches, augmentation and attacks are functions of (seed, step) alone, and the rest is in the
+state.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -31,6 +33,7 @@ from jaxrd.training.log import Log, write_json
 from jaxrd.training.step import Recipe, make_train_step
 
 VALIDATION_ATTACK = "pgd10"
+PROBE = 128  # images on which gradients are looked at
 
 
 def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None = None) -> states.TrainState:
@@ -95,7 +98,9 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
     stop = _StopSignal()
     with stop:
         while step < steps:
-            rows = parallel.local_rows(train_source.indices(config.seed, step, batch_size))
+            indices = train_source.indices(config.seed, step, batch_size)
+            check_batch(recipe.method, train_source.labels[indices], step + 1)
+            rows = parallel.local_rows(indices)
             batch = parallel.put_batch(train_source.batch(rows), mesh)
             began = time.perf_counter()
             state, metrics = train_step(state, teacher_variables, batch)
@@ -120,7 +125,9 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
                 pending = []
             if due or last:
                 try:
-                    validation = validate(recipe.student, state.variables, dataset.validation, recipe.inner.threat, mesh)
+                    validation = validate(
+                        recipe.student, state.variables, dataset.validation, recipe.inner.threat, mesh,
+                        teacher=recipe.teacher, teacher_variables=teacher_variables)
                 except InputError as error:  # logits that are not finite: the last update was one step too far
                     raise _diverged(f"validation after step {step}: {error}", config, checkpoints) from None
                 log.validation(step, validation)
@@ -164,8 +171,9 @@ def build_recipe(
       teacher_step: which checkpoint of the one in `config.teacher`.
     """
     classes, image_shape = dataset.train.classes, dataset.train.image_shape
-    student = models.create(config.student, classes=classes, image_shape=image_shape, dtype=config.dtype)
     method, variables = config.build_method(), None
+    student = models.create(
+        config.student, classes=classes, image_shape=image_shape, dtype=config.dtype, batch_norm_sets=method.batch_norm_sets)
     if method.needs_teacher:
         if teacher:
             variables = teacher.init(jax.random.key(0))
@@ -173,11 +181,15 @@ def build_recipe(
             with _naming("config.teacher"):
                 teacher, variables, _ = checkpoint.restore_model(config.teacher, teacher_step)
         check_teacher(config.teacher, teacher, student)
+        if method.attack.teacher_gradient:
+            check_teacher_gradient(config.teacher, teacher, variables, dataset.train.images[:PROBE], method.name)
         variables = jax.device_put(variables, parallel.replicated(mesh))
     steps = config.steps(train_examples)
     return Recipe(
         method=method, student=student, teacher=teacher if method.needs_teacher else None,
-        inner=InnerMaximisation(config.threat.build(), config.attack.step_size, config.attack.steps),
+        inner=InnerMaximisation(
+            config.threat.build(), config.attack.step_size, config.attack.steps, config.attack.start or None,
+            config.attack.project_start),
         optimizer=schedule.optimizer(config.optimizer, steps), steps=steps,
         shift=config.data.shift, flip=config.data.flip,
         weight_average=config.training.weight_average, attack_batch_statistics=config.attack.batch_statistics,
@@ -224,13 +236,52 @@ def check_teacher(name: str, teacher: models.Model, student: models.Model) -> No
             "use a teacher trained on the same images")
 
 
-def validate(model, variables, source, threat, mesh) -> dict[str, float]:
-    """Returns the clean and PGD-10 accuracy on the validation split, the one that chooses the best checkpoint."""
-    accuracy = {
-        name: robustness.run_attack(
-            model, variables, source, robustness.PROTOCOLS[protocol], threat, mesh=mesh, keep_images=False).accuracy
-        for name, protocol in (("clean_accuracy", "clean"), ("pgd_accuracy", VALIDATION_ATTACK))}
-    return {f"validation/{name}": value for name, value in accuracy.items()}
+def check_teacher_gradient(name: str, teacher: models.Model, variables: dict, images: np.ndarray, method: str) -> None:
+    """Raises InputError where the teacher's logits have no input gradient for an attack to climb.
+
+    Noticed by a vector-Jacobian product, with a fixed random direction, on the first training images: it is 0 for each of
+    them where the teacher rounds, thresholds or stops the gradient of its input, or has died.
+    """
+    logits, vjp = jax.vjp(lambda points: teacher.apply(variables, points, False)[0], data.augment.to_float(images))
+    (gradients,) = vjp(jax.random.normal(jax.random.key(0), logits.shape))
+    largest = float(np.max(np.abs(np.asarray(gradients))))
+    if not (largest > 0 and np.isfinite(largest)):
+        raise InputError(
+            f"config.teacher {name}: the gradient of its logits with respect to {len(images)} training images is "
+            f"{largest:g} everywhere, and {method} attacks through its teacher; use a teacher that is differentiable in its "
+            "images, or an attack that leaves it alone: --config.method.attack=rslad")
+
+
+def check_batch(method, labels: np.ndarray, step: int) -> None:
+    """Raises InputError where a method takes negatives of another class from a batch that holds one class only."""
+    if method.attack.two_classes and np.all(labels == labels[0]):
+        raise InputError(
+            f"all {len(labels)} images in the batch of step {step} are of class {labels[0]}, and {method.name} takes negative "
+            "images of another class from it; raise config.training.batch_size, train on two classes or more, or set "
+            "--config.method.path_targeted_start=anchor_image")
+
+
+def validate(model, variables, source, threat, mesh, *, teacher=None, teacher_variables=None) -> dict[str, float]:
+    """Returns the clean and PGD-10 accuracy on the validation split, the one that chooses the best checkpoint.
+
+    With a teacher also its accuracy on the same clean and adversarial images, and the mean cosine between the input gradients
+    of both on the first images.
+    """
+    def measured(protocol, **options):
+        return robustness.run_attack(model, variables, source, robustness.PROTOCOLS[protocol], threat, mesh=mesh, **options)
+
+    clean = measured("clean", keep_images=False)
+    attacked = measured(VALIDATION_ATTACK, keep_images=teacher is not None)
+    metrics = {"clean_accuracy": clean.accuracy, "pgd_accuracy": attacked.accuracy}
+    if teacher is not None:
+        for name, images in (("teacher_clean_accuracy", source.images), ("teacher_pgd_accuracy", attacked.images)):
+            metrics[name] = robustness.run_attack(
+                teacher, teacher_variables, dataclasses.replace(source, images=images), robustness.PROTOCOLS["clean"], threat,
+                mesh=mesh, keep_images=False).accuracy
+        probe = dataclasses.replace(source, images=source.images[:PROBE], labels=source.labels[:PROBE])
+        metrics["gradient_cosine"] = robustness.gradient_alignment(
+            model, variables, teacher, teacher_variables, probe, mesh=mesh)["gradient_cosine"]
+    return {f"validation/{name}": value for name, value in metrics.items()}
 
 
 def check_claim(workdir: pathlib.Path, config: Config) -> None:

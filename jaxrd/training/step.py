@@ -17,7 +17,9 @@ import optax
 
 from jaxrd import objectives
 from jaxrd.data import augment as augmentation
-from jaxrd.distillation.methods import Context, InnerMaximisation, Method
+from jaxrd.distillation.composition import Method
+from jaxrd.distillation.inner_maximisation import Context, InnerMaximisation
+from jaxrd.distillation.weight_perturbation import perturb_weights
 from jaxrd.models.zoo import Model
 from jaxrd.threat import example_keys
 from jaxrd.training import parallel
@@ -66,9 +68,10 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
     def train_step(state, teacher_variables, batch):
         augment_key, attack_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         images = augment(recipe, augment_key, batch["images"])
-        views, teacher_clean = attack(recipe, attack_key, state, teacher_variables, images, batch["labels"])
-        teacher = teacher_logits(recipe, teacher_variables, views, teacher_clean)
-        gradients, batch_stats, metrics = gradients_of(recipe, state, views, teacher, batch["labels"])
+        labels = batch["labels"]
+        views, teacher_clean = attack(recipe, attack_key, state, teacher_variables, images, labels)
+        teacher = teacher_logits(recipe, teacher_variables, views, teacher_clean, labels)
+        gradients, batch_stats, metrics = gradients_of(recipe, state, views, teacher, labels)
         return update(recipe, state, gradients, batch_stats), metrics
 
     replicated = parallel.replicated(mesh)
@@ -83,58 +86,98 @@ def augment(recipe: Recipe, key: Array, images: Array) -> Array:
 
 
 def attack(recipe, key, state, teacher_variables, images, labels) -> tuple[dict[str, Array], Array | None]:
-    """Returns all views of the batch by name, and the teacher's logits on the clean one where the attack needed them."""
+    """Returns the points of the batch by name (those of views, and what they follow from) and T(clean) where the attack
+    needed it.
+    """
     method = recipe.method
     variables = {"params": state.params, "batch_stats": state.batch_stats}
 
-    def student(points):
-        return recipe.student.apply(variables, points, train=recipe.attack_batch_statistics)[0]
+    def student(points, batch_norm_set=0):
+        return _apply(recipe.student, variables, points, recipe.attack_batch_statistics, batch_norm_set)[0]
 
-    teacher = teacher_clean = None
+    teacher = teacher_clean = auxiliary = None
     if method.needs_teacher:
         def teacher(points):
             return recipe.teacher.apply(teacher_variables, points, train=False)[0]
     if method.attack.teacher_on_clean:
         teacher_clean = teacher(images)
-    context = Context(images, labels, student, teacher, teacher_clean)
+    if method.batch_norm_sets > 1:
+        def auxiliary(points):
+            return student(points, batch_norm_set=1)
+    context = Context(images, labels, student, teacher, teacher_clean, auxiliary)
     known = {"clean": images, **method.attack.generate(key, context, recipe.inner)}
-    return {view.name: view.points(known) for view in method.views}, teacher_clean
+    return known | {view.name: view.points(known) for view in method.views}, teacher_clean
 
 
-def teacher_logits(recipe, teacher_variables, views, teacher_clean) -> dict[str, Array]:
-    """Returns the teacher's logits on the views that some term reads: eval mode, no gradient, one forward.
+def teacher_logits(recipe, teacher_variables, views, teacher_clean, labels) -> dict[str, Array]:
+    """Returns what the terms read of the teacher, by view: eval mode, no gradient, all logits in one forward.
 
     What the attack has already computed is not computed again. The views are interleaved per example rather than laid end
     to end, so that a batch sharded over "data" stays where it is.
     """
+    def network(points):
+        return recipe.teacher.apply(teacher_variables, points, train=False)[0]
+
     known = {} if teacher_clean is None else {"clean": teacher_clean}
-    names = [view.name for view in recipe.method.teacher_views if view.name not in known]
-    if names:
-        stacked = jnp.stack([views[name] for name in names], axis=1)
-        batch, count, *image = stacked.shape
-        logits, _ = recipe.teacher.apply(teacher_variables, stacked.reshape(batch * count, *image), train=False)
-        logits = logits.reshape(batch, count, -1)
-        known |= {name: logits[:, index] for index, name in enumerate(names)}
+    wanted = [view for view in recipe.method.teacher_views if view.name not in known]
+    known |= _interleaved(network, {view.name: views[view.name] for view in wanted if view.readout is None})
+    for view in wanted:
+        if view.readout is not None:
+            known[view.name] = view.readout(network, views[view.name], views, labels)
     return jax.lax.stop_gradient(known)
 
 
 def gradients_of(recipe, state, views, teacher, labels) -> tuple[dict, dict, dict[str, Array]]:
     """Returns the gradient of the mean loss through every student view, the new BatchNorm statistics and the metrics."""
-    progress = (state.step + 1) / recipe.steps
+    method, progress = recipe.method, (state.step + 1) / recipe.steps
 
     def mean_loss(params):
         batch_stats, student = state.batch_stats, {}
-        for view in recipe.method.student_views:
-            variables = {"params": params, "batch_stats": batch_stats}
-            student[view.name], moved = recipe.student.apply(variables, views[view.name], train=True)
-            batch_stats = moved if view.updates_statistics else batch_stats
-        loss, terms = recipe.method.loss(student, teacher, labels, progress)
+        for forward in method.student_forwards:
+            first, moved = forward[0], None
+
+            def network(points):
+                nonlocal moved
+                logits, moved = _apply(
+                    recipe.student, {"params": params, "batch_stats": batch_stats}, points, True, first.batch_norm_set)
+                return logits
+
+            if first.readout is not None:
+                student[first.name] = first.readout(network, views[first.name], views, labels)
+                continue
+            student |= _interleaved(network, {view.name: views[view.name] for view in forward})
+            batch_stats = moved if first.updates_statistics else batch_stats
+        loss, terms = method.loss(student, teacher, labels, progress)
         metrics = {"loss": loss, **terms}
-        metrics |= {f"accuracy/{name}": objectives.correct(logits, labels) for name, logits in student.items()}
+        metrics |= {monitor.name: monitor.value(student, teacher, labels) for monitor in method.monitors}
+        metrics |= {f"weight/{name}": weight for name, weight in method.weights(progress).items()}
+        logits = {view.name for view in method.views if view.readout is None}
+        for name, outputs in (("accuracy", student), ("teacher_accuracy", teacher)):
+            metrics |= {f"{name}/{view}": objectives.correct(outputs[view], labels) for view in outputs if view in logits}
         return jnp.mean(loss), (batch_stats, {name: jnp.mean(value) for name, value in metrics.items()})
 
-    gradients, (batch_stats, metrics) = jax.grad(mean_loss, has_aux=True)(state.params)
+    params = state.params
+    if method.weight_perturbation is not None:
+        ascent = jax.grad(lambda params: mean_loss(params)[0])(params)
+        params = perturb_weights(params, ascent, method.weight_perturbation.size(progress))
+    gradients, (batch_stats, metrics) = jax.grad(mean_loss, has_aux=True)(params)
     return gradients, batch_stats, metrics | {"gradient_norm": optax.tree.norm(gradients)}
+
+
+def _apply(model: Model, variables: dict, points: Array, train: bool, batch_norm_set: int) -> tuple[Array, dict]:
+    """A model that has one set of BatchNorm need not know of others."""
+    further = (batch_norm_set,) if batch_norm_set else ()
+    return model.apply(variables, points, train, *further)
+
+
+def _interleaved(network, points: dict[str, Array]) -> dict[str, Array]:
+    """Returns network(points) by name, computed in one forward of all of them, interleaved per example."""
+    if len(points) < 2:
+        return {name: network(value) for name, value in points.items()}
+    stacked = jnp.stack(list(points.values()), axis=1)
+    batch, count, *image = stacked.shape
+    outputs = network(stacked.reshape(batch * count, *image)).reshape(batch, count, -1)
+    return {name: outputs[:, index] for index, name in enumerate(points)}
 
 
 def update(recipe, state, gradients, batch_stats) -> TrainState:

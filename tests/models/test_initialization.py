@@ -4,7 +4,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,25 +12,27 @@ from jaxrd import models
 
 @functools.cache
 def initial(name):
-    return models.create(name, classes=100, image_shape=(8, 8, 3)).init(jax.random.key(0))
+    return jax.device_get(models.create(name, classes=100, image_shape=(8, 8, 3)).init(jax.random.key(0)))
 
 
 def kernels(params):
     return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(path[-1])]
 
 
-def test_resnet_weights_are_uniform_within_one_over_root_fan_in():
-    for kernel in kernels(initial("resnet6_w32")["params"]):
+@pytest.mark.parametrize("name", ["resnet6_w32", "preact_resnet18_w8", "mobilenet_v2"])
+def test_weights_of_other_networks_are_uniform_within_one_over_root_fan_in(name):
+    for kernel in kernels(initial(name)["params"]):
         bound = 1 / math.sqrt(math.prod(kernel.shape[:-1]))
-        assert bound * 0.95 < jnp.abs(kernel).max() <= bound
+        assert bound * 0.95 < np.abs(kernel).max() <= bound
         # A uniform variance, within five standard errors (kurtosis 1.8).
-        np.testing.assert_allclose(jnp.mean(kernel**2), bound**2 / 3, rtol=5 * math.sqrt(0.8 / kernel.size))
+        np.testing.assert_allclose(np.mean(kernel**2), bound**2 / 3, rtol=5 * math.sqrt(0.8 / kernel.size))
 
 
-def test_the_linear_bias_of_a_resnet_has_the_bound_of_its_weights():
-    linear = initial("resnet6_w32")["params"]["linear"]
+@pytest.mark.parametrize("name", ["resnet6_w32", "preact_resnet18_w8", "mobilenet_v2"])
+def test_their_linear_bias_has_the_bound_of_its_weights(name):
+    linear = initial(name)["params"]["linear"]
     bound = 1 / math.sqrt(linear["kernel"].shape[0])
-    assert bound * 0.9 < jnp.abs(linear["bias"]).max() <= bound
+    assert bound * 0.9 < np.abs(linear["bias"]).max() <= bound
 
 
 def test_wide_resnet_convolutions_are_normal_with_variance_two_over_fan_out():
@@ -40,18 +41,18 @@ def test_wide_resnet_convolutions_are_normal_with_variance_two_over_fan_out():
     for kernel in kernels(params):
         size, _, _, features = kernel.shape
         variance = 2 / (size * size * features)
-        np.testing.assert_allclose(jnp.mean(kernel**2), variance, rtol=5 * math.sqrt(2 / kernel.size))
-        assert jnp.abs(kernel).max() > 2.5 * math.sqrt(variance), "bounded, so not a normal distribution"
-    assert jnp.all(linear["bias"] == 0)
+        np.testing.assert_allclose(np.mean(kernel**2), variance, rtol=5 * math.sqrt(2 / kernel.size))
+        assert np.abs(kernel).max() > 2.5 * math.sqrt(variance), "bounded, so not a normal distribution"
+    assert np.all(linear["bias"] == 0)
     bound = 1 / math.sqrt(linear["kernel"].shape[0])
-    assert bound * 0.95 < jnp.abs(linear["kernel"]).max() <= bound
+    assert bound * 0.95 < np.abs(linear["kernel"]).max() <= bound
 
 
-@pytest.mark.parametrize("name", ["resnet6_w32", "wrn10_2"])
+@pytest.mark.parametrize("name", ["resnet6_w32", "wrn10_2", "preact_resnet18_w8", "mobilenet_v2"])
 def test_batch_norm_starts_as_the_identity(name):
     variables = initial(name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         expected = {"scale": 1, "var": 1, "mean": 0}.get(path[-1].key)
         if path[-1].key == "bias" and "bn" in path[-2].key:
             expected = 0
-        assert expected is None or jnp.all(leaf == expected), path
+        assert expected is None or np.all(leaf == expected), path

@@ -36,6 +36,9 @@ def images(batch, seed=0, shape=SHAPE):
     ("resnet18", 200, (64, 64, 3), 11_271_432),
     ("resnet34", 10, (32, 32, 3), 21_282_122),
     ("resnet50", 10, (32, 32, 3), 23_520_842),
+    ("preact_resnet18", 200, (64, 64, 3), 11_269_640),
+    ("mobilenet_v2", 10, (32, 32, 3), 2_296_922),
+    ("mobilenet_v2", 100, (32, 32, 3), 2_412_212),
     ("wrn28_10", 10, (32, 32, 3), 36_479_194),
     ("wrn34_10", 10, (32, 32, 3), 46_160_474),
     ("wrn34_10", 100, (32, 32, 3), 46_218_164),
@@ -47,12 +50,14 @@ def test_parameter_counts_are_the_published_ones(name, classes, image_shape, cou
     assert models.parameter_count(jax.eval_shape(model.init, jax.random.key(0))) == count
 
 
-def test_a_width_of_64_is_the_full_size():
-    full, wide = (models.create(name, classes=10) for name in ("resnet18", "resnet18_w64"))
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
+def test_a_width_of_64_is_the_full_size(name):
+    full, wide = (models.create(name, classes=10) for name in (name, f"{name}_w64"))
     assert jax.eval_shape(full.init, jax.random.key(0)) == jax.eval_shape(wide.init, jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet8_w8", "wrn34_10"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet34", "resnet50", "resnet8_w8", "preact_resnet18", "mobilenet_v2", "wrn34_10"])
 @pytest.mark.parametrize("image_shape", [(32, 32, 3), (64, 64, 3), (8, 8, 1), (28, 20, 1)])
 def test_every_image_size_gives_one_row_of_logits_per_image(name, image_shape):
     model = models.create(name, classes=7, image_shape=image_shape)
@@ -153,6 +158,11 @@ def test_gradients_reach_every_parameter_and_the_image(name):
     ("ResNet-18", 'did you mean "resnet18"'),
     ("resnet6", 'did you mean "resnet6_w8"'),
     ("resnet18_w0", "Names: resnet18"),
+    ("PreActResNet18", 'did you mean "preact_resnet18"'),
+    ("preact_resnet34", 'did you mean "preact_resnet18"'),
+    ("preact_resnet18_w0", "Names: resnet18"),
+    ("mobilenetv2", 'did you mean "mobilenet_v2"'),
+    ("MobileNet-V2", 'did you mean "mobilenet_v2"'),
     ("wrn-34-10", 'did you mean "wrn34_10"'),
     ("wrn35_10", 'did you mean "wrn34_10"'),
     ("wrn4_2", 'did you mean "wrn10_2"'),

@@ -87,8 +87,12 @@ def test_metrics_hold_every_step_once_and_what_each_was_worth(finished, config):
     assert [entry["step"] for entry in training] == [1, 2, 3, 4, 5, 6]
     assert [entry["step"] for entry in entries if "train/loss" not in entry] == [2, 4, 6]
     for entry in training:
-        assert {"step", "seconds", "train/loss", "train/distillation", "train/igdm", "train/accuracy/adversarial",
-                "train/accuracy/mirrored", "train/gradient_norm", "learning_rate"} == set(entry) - {"images_per_second"}
+        assert {"step", "seconds", "train/loss", "train/distillation", "train/igdm", "train/weight/distillation",
+                "train/weight/igdm", "train/accuracy/adversarial", "train/accuracy/mirrored", "train/gradient_norm",
+                "train/teacher_accuracy/clean", "train/teacher_accuracy/adversarial", "train/teacher_accuracy/mirrored",
+                "learning_rate"} == set(entry) - {"images_per_second"}
+        assert entry["train/weight/distillation"] == 1
+        assert entry["train/weight/igdm"] == pytest.approx(10 * entry["step"] / 6, rel=1e-5)
         # The first step is compiled and therefore not timed.
         assert ("images_per_second" in entry) == (entry["step"] > 1)
         expected = entry["train/distillation"] + 10 * entry["step"] / 6 * entry["train/igdm"]
@@ -96,7 +100,10 @@ def test_metrics_hold_every_step_once_and_what_each_was_worth(finished, config):
         assert entry["learning_rate"] == pytest.approx(0.05 * (1 + np.cos(np.pi * (entry["step"] - 1) / 6)), rel=1e-5)
     for entry in entries:
         if "train/loss" not in entry:
-            assert {"step", "validation/clean_accuracy", "validation/pgd_accuracy"} == set(entry)
+            assert {"step", "validation/clean_accuracy", "validation/pgd_accuracy", "validation/teacher_clean_accuracy",
+                    "validation/teacher_pgd_accuracy", "validation/gradient_cosine"} == set(entry)
+            assert entry["validation/teacher_pgd_accuracy"] <= entry["validation/teacher_clean_accuracy"] <= 1
+            assert 0 < abs(entry["validation/gradient_cosine"]) < 1
             assert 0 <= entry["validation/pgd_accuracy"] <= entry["validation/clean_accuracy"] <= 1
     seconds = [entry["seconds"] for entry in training]
     assert seconds == sorted(seconds)
@@ -138,7 +145,7 @@ def test_the_console_says_how_it_goes(tiny_config, tmp_path, capsys):
 def test_the_newest_checkpoints_and_the_best_are_kept(tiny_config, tmp_path, monkeypatch):
     accuracy = iter([0.1, 0.6, 0.2, 0.3, 0.5])
 
-    def validate(*_):
+    def validate(*_, **__):
         return {"validation/clean_accuracy": 1.0, "validation/pgd_accuracy": next(accuracy)}
 
     monkeypatch.setattr(loop, "validate", validate)
@@ -154,7 +161,11 @@ def test_validation_is_that_of_the_weights_that_are_kept(finished, config):
     assert origin["weights"] == "average"
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, variables), state.average)
     mesh = loop.parallel.data_mesh(jax.devices()[:1])
-    expected = loop.validate(model, variables, dataset.validation, config.threat.build(), mesh)
+    teacher, teacher_variables, _ = checkpoint.restore_model(config.teacher)
+    expected = loop.validate(
+        model, variables, dataset.validation, config.threat.build(), mesh, teacher=teacher,
+        teacher_variables=teacher_variables)
+    assert len(expected) == 5
     assert expected.items() <= numbers(workdir)[-1].items()
 
 

@@ -5,8 +5,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrd.config import OptimizerConfig
+from jaxrd.config import Config, OptimizerConfig
 from jaxrd.training import schedule
+from tests.support import assert_input_error
 
 VARIANTS = [(0.0, False, 0.0), (0.9, False, 0.0), (0.9, False, 0.01), (0.9, True, 0.01)]
 MATRIX = np.array([[2.0, 0.5], [0.5, 1.0]])
@@ -86,6 +87,52 @@ def test_short_runs_have_a_rate_for_every_step(steps, name, warmup):
     found = rates(steps, schedule=name, warmup=warmup)
     assert np.all((found > 0) & (found <= 1))
     assert found[0] > 0.09
+
+
+def one_cycle(steps, rising):
+    """The formula of PyTorch's OneCycleLR for a peak of 1."""
+    top, last, step = rising * steps - 1, steps - 1, np.arange(steps)
+    up, down = step / top, (step - top) / (last - top)
+    return np.where(step <= top, 1 + (1 / 25 - 1) / 2 * (1 + np.cos(np.pi * up)),
+                    4e-6 + (1 - 4e-6) / 2 * (1 + np.cos(np.pi * down)))
+
+
+CYCLES = [(100, 0.25), (1000, 0.3), (37, 0.25), (11, 0.6), (5, 0.9)]
+
+
+@pytest.mark.parametrize("steps, rising", CYCLES)
+def test_one_cycle_climbs_from_a_25th_to_the_peak_and_falls_to_nearly_nothing(steps, rising):
+    found = rates(steps, schedule="onecycle", warmup=rising)
+    np.testing.assert_allclose(found, one_cycle(steps, rising), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found[[0, -1]], [1 / 25, 4e-6], rtol=0.1)
+    if (rising * steps).is_integer():
+        assert np.argmax(found) == rising * steps - 1 and found.max() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("steps, rising", CYCLES)
+def test_one_cycle_is_that_of_pytorch(steps, rising):
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra parity)")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=steps, pct_start=rising)
+    expected = []
+    for _ in range(steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(expected) < steps:
+            cycle.step()
+    np.testing.assert_allclose(rates(steps, schedule="onecycle", warmup=rising), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("rising", [0.01, 0.25, 0.5, 0.9])
+def test_one_cycle_has_a_rate_for_every_step_of_a_short_run(steps, rising):
+    found = rates(steps, schedule="onecycle", warmup=rising)
+    assert np.all((found > 0) & (found <= 1)) and found[0] == pytest.approx(1 / 25)
+
+
+def test_one_cycle_needs_to_know_when_its_peak_comes():
+    assert_input_error(lambda: Config.from_dict({"optimizer": {"schedule": "onecycle"}}),
+                       "config.optimizer.warmup is 0.0", "above 0", "0.25")
 
 
 def test_milestones_that_fall_on_one_step_all_count():

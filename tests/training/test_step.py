@@ -168,7 +168,7 @@ def test_the_gradient_flows_through_every_student_view(blocked):
     # The attack is beside the point here.
     noise = 0.1 * jnp.sign(jax.random.normal(attack_key, images.shape))
     views = {"clean": images, "adversarial": images + noise, "mirrored": images - noise}
-    teacher = jax.jit(lambda views: step.teacher_logits(recipe, teacher_variables(), views, None))(views)
+    teacher = jax.jit(lambda views: step.teacher_logits(recipe, teacher_variables(), views, None, labels))(views)
     order = [view.name for view in recipe.method.student_views]
 
     calls = []
@@ -229,7 +229,7 @@ def test_running_statistics_move_once_per_view_that_updates_them(name, mirrored,
     @jax.jit
     def statistics(state, variables):
         views, teacher_clean = step.attack(recipe, attack_key, state, variables, images, labels)
-        teacher = step.teacher_logits(recipe, variables, views, teacher_clean)
+        teacher = step.teacher_logits(recipe, variables, views, teacher_clean, labels)
         return views, step.gradients_of(recipe, state, views, teacher, labels)[1]
 
     views, moved = statistics(state, teacher_variables() if recipe.teacher else None)
@@ -328,7 +328,7 @@ def test_no_gradient_reaches_the_teacher(name):
 
     def loss(variables):
         views, teacher_clean = step.attack(recipe, attack_key, state, variables, images, labels)
-        teacher = step.teacher_logits(recipe, variables, views, teacher_clean)
+        teacher = step.teacher_logits(recipe, variables, views, teacher_clean, labels)
         _, _, metrics = step.gradients_of(recipe, state, views, teacher, labels)
         return metrics["loss"]
 

@@ -1,0 +1,206 @@
+"""The edge where names and numbers of a configuration become a method: "adaad+igdm" and its options.
+
+Every option is a field of `MethodConfig`, named after the builder that takes it: `trades_beta` is `trades(beta=...)`.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxrd.distillation import methods
+from jaxrd.distillation.composition import Method, Ramp
+from jaxrd.distillation.inner_maximisation import (
+    Attack, cross_entropy_attack, teacher_fixed_attack, teacher_moving_attack, trades_attack)
+from jaxrd.errors import InputError
+
+
+def documented(default, doc: str):
+    """A configuration field with its documentation."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+_field = documented
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """Which method, and every option of every method: those of others than `name` are not looked at."""
+
+    name: str = _field("pgd_at", "pgd_at, trades, mart, ard, iad, akd, rslad, adaad, adaiad, dgad or path, then any of +igdm, "
+                                 "+jvp, +direct, +awp")
+    attack: str = _field("", 'inner loss instead of the method\'s own: "ce", "trades", "rslad" or "adaad"; empty: its own')
+    # What the modules weigh: a number adds the module (0: leaves it out), whatever the name says.
+    igdm: float | None = _field(None, 'weight alpha of the IGDM term; None: 10 with "+igdm" in the name, else 0')
+    jvp: float | None = _field(None, 'weight of exact directional matching; None: 10 with "+jvp" in the name, else 0')
+    direct: float | None = _field(None, 'weight of direct gradient matching; None: 10 with "+direct" in the name, else 0')
+    awp: float | None = _field(None, 'gamma of weight perturbation; None: 0.005 with "+awp" in the name, else 0')
+    igdm_ramp: str = _field("linear", '"linear" (alpha * e/E) or "constant", of igdm, jvp and direct alike')
+    igdm_distance: str = _field("kl", '"kl" of the softmax of the logit differences, or their "l1" or "l2" distance')
+    igdm_direction: str = _field("attack", 'delta: the "attack"\'s perturbation or a "random" one')
+    igdm_beta: float = _field(1.0, "forward point x + beta delta")
+    igdm_gamma: float = _field(1.0, "mirrored point x - gamma delta; 0: forward difference S(x + delta) - S(x)")
+    igdm_control: str = _field("none", 'controls without a teacher: "zero", "mirror" or "trades" (IGDM, appendix A.5)')
+    mirrored_statistics: bool = _field(False, "let S(x - delta) move the BatchNorm running statistics (published code)")
+    published_forwards: bool = _field(False, "repeat the student forwards of the published code, for running statistics")
+    direct_scalar: str = _field("probability", 'what is differentiated: "probability", "logit" or "cross_entropy"')
+    direct_distance: str = _field("l2", '"l2", "squared_l2" or "cosine"')
+    direct_at: str = _field("clean", 'where: "clean" or "adversarial"')
+    awp_warmup: float = _field(0.0, "fraction of training without weight perturbation")
+    trades_beta: float = _field(6.0, "weight of KL(S(x) || S(x'))")
+    trades_detach: bool = _field(False, "no gradient into the target S(x)")
+    mart_beta: float = _field(5.0, "weight of the divergence: 5 for ResNets, 6 for wide ones as published")
+    ard_temperature: float = _field(1.0, "tau; the original paper's is 30")
+    ard_alpha: float = _field(1.0, "weight of the teacher against the hard label")
+    ard_reduction: str = _field("batchmean", '"batchmean", or "mean": over classes too, as the original code')
+    iad_temperature: float = _field(1.0, "tau")
+    iad_alpha: float = _field(1.0, "weight of teacher and introspection against the hard label")
+    iad_beta: float = _field(0.1, "exponent of the reliability p_T(x')[y]^beta")
+    iad_warmup: float = _field(0.3, "fraction of training before introspection begins (published: epoch 60 of 200)")
+    iad_weighting: str = _field("self", 'what reliability weighs: "self", the self-target (code), or "both", the teacher too')
+    akd_weight: float = _field(0.5, "weight of the teacher against the hard label (unpublished)")
+    akd_target: str = _field("adversarial", 'where the teacher is asked: "adversarial" or "clean" (unpublished)')
+    rslad_scale: float = _field(0.1, "factor of the RSLAD loss: 0.1 as published, 1 for the plain batch mean")
+    adaad_weight: float = _field(1.0, "lambda: weight of x' against x")
+    adaad_reduction: str = _field("batchmean", '"batchmean", or "mean": over classes too, as published on CIFAR-10')
+    adaiad_temperature: float = _field(1.0, "tau; 30 in the published code")
+    adaiad_alpha: float = _field(1.0, "weight of teacher and introspection against the hard label")
+    adaiad_beta: float = _field(0.1, "exponent of the reliability")
+    adaiad_warmup: float = _field(0.3, "fraction of training before introspection begins")
+    adaiad_weighting: str = _field("self", '"self" or "both", as iad_weighting')
+    dgad_beta: float = _field(1.0, "weight of predictive consistency")
+    dgad_consistency: str = _field("mse", '"mse" of the probabilities (code) or their "l2" distance (text)')
+    dgad_correction: str = _field("swap", 'of a wrong teacher: "swap" (ELS), or the controls "smooth", "mix", "none"')
+    dgad_attack: str = _field("adaad", '"adaad", or "rslad": its attack and its target T(x)')
+    dgad_scale: float = _field(1.0, "factor of the distillation part (0.5 in the published code for MobileNetV2)")
+    dgad_product: bool = _field(False, "that code's misplaced parenthesis, which multiplies the two parts")
+    # The path method is a reconstruction from the abstract of its paper and later work of the group: see methods.path.
+    path_alpha: float = _field(1.0, "weight of the paths against KL(T(x) || S(x)) (reconstruction, as all path options)")
+    path_gamma: float = _field(1.0, "weight of the targeted path; 0: none")
+    path_points: int = _field(10, "points of each path, evenly spaced, the last included; at most attack.steps")
+    path_weights: str = _field("drop", '"drop", "uniform", "linear", "last_only", "boundary" or "gap"')
+    path_weight_model: str = _field("student", 'whose predictions "drop" and "boundary" look at: "student" or "teacher"')
+    path_normalisation: str = _field("per_sample", '"per_sample", "batch" or "none"')
+    path_floor: float = _field(0.0, "least weight of a point")
+    path_scale: float = _field(1.0, 'scale of the weights "boundary" and "gap"')
+    path_inner_loss: str = _field("cross_entropy", 'climbed: "cross_entropy", "teacher_clean" or "teacher_moving"')
+    path_targeted_start: str = _field("negative_image", '"negative_image", "anchor_image" or "anchor_runner_up"')
+    path_target_class: str = _field("uniform", '"uniform", or by "teacher", by "student", or "least_likely"')
+    path_align_target: str = _field("teacher_clean", '"teacher_clean" or "teacher_at_point"')
+    path_align_distance: str = _field("kl", '"kl", "squared_error", "js" or "l2"')
+    path_dual_batch_norm: bool = _field(True, "a BatchNorm set for each branch; the untargeted one's is used at test")
+    path_batching: str = _field("joint", 'intermediate points of a branch in one forward, "joint", or "separate" ones')
+    path_statistics: bool = _field(False, "let intermediate points move the BatchNorm running statistics")
+    path_natural: str = _field("anchor", 'what 1 - path_alpha weighs: the "anchor", or "both" branches\' starts')
+    path_hinge: float = _field(0.0, "count alignments only above that of this label smoothing; 0: all")
+
+
+BASES: dict[str, Callable[..., Method]] = {
+    builder.__name__: builder for builder in (
+        methods.pgd_at, methods.trades, methods.mart, methods.ard, methods.iad, methods.akd, methods.rslad, methods.adaad,
+        methods.adaiad, methods.dgad, methods.path)}
+MODULES: dict[str, float] = {"igdm": 10.0, "jvp": 10.0, "direct": 10.0, "awp": 0.005}  # in this order, with their defaults
+RAMPS: dict[str, Ramp] = {"linear": methods.linear_ramp, "constant": jnp.ones_like}
+ATTACKS: dict[str, Callable[[], Attack]] = {
+    "ce": cross_entropy_attack, "trades": trades_attack, "rslad": teacher_fixed_attack, "adaad": teacher_moving_attack}
+
+# What the text says and what the published code does, where that is not the default (a recommendation). The IGDM paper and
+# its code for what is in its tables, else the method's own. What differs outside of the method: `jaxrd.presets`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"ard_temperature": 30.0, "ard_reduction": "mean", "iad_weighting": "both", "dgad_consistency": "l2"},
+    "official": {"adaiad_temperature": 30.0, "mirrored_statistics": True, "published_forwards": True},
+}
+
+# The student's train-mode forwards of published code, in their order, where they are more than the loss needs.
+_PUBLISHED_FORWARDS = {
+    "trades": ("clean", "adversarial", "clean"),
+    "adaad": ("clean", "adversarial"),
+    "ard+igdm": ("adversarial", "clean", "mirrored"),
+    "rslad+igdm": ("adversarial", "adversarial", "clean", "mirrored"),
+    "adaad+igdm": ("adversarial", "clean", "mirrored", "adversarial"),
+}
+
+
+def method(name: str, *, preset: str = "default", **options) -> Method:
+    """Returns a method by its name.
+
+    Args:
+      name: a base, then modules: "rslad", "adaad+igdm", "trades+igdm+awp".
+      preset: "default", "paper" or "official": what the options below take where they are not given.
+      **options: fields of `MethodConfig`. `igdm`, `jvp`, `direct` and `awp` decide by themselves: a number above 0 adds the
+        module, 0 leaves it out, None does as the name says, with the weight 10 (awp: 0.005).
+
+    Raises:
+      InputError: an unknown name, preset or option, a value out of range, or options that contradict each other.
+
+    Example:
+      >>> method("rslad", igdm=10.0).name
+      'rslad+igdm'
+    """
+    base_name, modules = parse_name(name)
+    if preset not in PRESETS:
+        raise InputError(f'method preset is "{preset}"; {methods.suggest(preset, PRESETS)}')
+    known = {field.name: field.default for field in dataclasses.fields(MethodConfig)}
+    for option in options:
+        if option not in known:
+            raise InputError(f"method.{option}: no such option; {methods.suggest(option, known)}")
+    values = known | PRESETS[preset] | options
+
+    built = BASES[base_name](**_arguments(BASES[base_name], base_name, values))
+    if values["attack"]:
+        if base_name == "path":
+            raise InputError("method.attack does not fit path, whose attack generates paths; set method.path_inner_loss")
+        methods._choose("attack", values["attack"], ATTACKS)
+        built = dataclasses.replace(built, attack=ATTACKS[values["attack"]]())
+    if values["igdm_ramp"] not in RAMPS:
+        raise InputError(f'method.igdm_ramp is "{values["igdm_ramp"]}"; {methods.suggest(values["igdm_ramp"], RAMPS)}')
+    ramp = RAMPS[values["igdm_ramp"]]
+    for module, default in MODULES.items():
+        weight = values[module]
+        if weight is None:
+            weight = default if module in modules else 0.0
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InputError(f"method.{module} is {weight}; it must be a number of 0 or above")
+        if weight == 0:
+            continue
+        add = getattr(methods, f"with_{module}")
+        own = _arguments(add, module, values)
+        if module == "igdm":
+            own["mirrored_statistics"] = values["mirrored_statistics"]
+        if module != "awp":
+            own["ramp"] = ramp
+        built = add(built, weight, **own)
+    if values["published_forwards"]:
+        plain = "+".join(part for part in built.name.split("+") if part != "awp")
+        declared = {view.name for view in built.views}
+        order = _PUBLISHED_FORWARDS.get(plain, ())
+        if {*order} <= declared | {"clean"}:
+            built = methods.with_forwards(built, order)
+    return built
+
+
+def parse_name(name: str) -> tuple[str, list[str]]:
+    """Splits "adaad+igdm" into ("adaad", ["igdm"]); InputError for an unknown base or module, or one given twice."""
+    base_name, *modules = str(name).split("+")
+    if base_name not in BASES:
+        raise InputError(f'method.name is "{name}"; {methods.suggest(base_name, BASES)}')
+    for module in modules:
+        if module not in MODULES or modules.count(module) > 1:
+            known = ", ".join(f'"+{known}"' for known in MODULES)
+            close = difflib.get_close_matches(module, MODULES, n=1)
+            meant = "+".join(dict.fromkeys([base_name, *(close[0] if other == module else other for other in modules)])
+                             ) if close else ""
+            hint = f'did you mean "{meant}"? ' if meant else ""
+            raise InputError(f'method.name is "{name}"; {hint}the modules that can follow a base, once each, are {known}')
+    return base_name, modules
+
+
+def _arguments(builder: Callable, prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options that a builder takes: its argument `beta` is the option "{prefix}_beta"."""
+    names = inspect.signature(builder).parameters
+    return {name: values[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in values and name != "ramp"}

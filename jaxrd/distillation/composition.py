@@ -1,0 +1,144 @@
+"""What a distillation method is: an attack plus a sum of weighted terms over named views. Nothing else.
+
+A new method is a few lines: which objective its attack climbs, which views its terms compare, with which weights. It runs on
+the one train step of `jaxrd.training.step`, as every method does.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxrd.distillation.inner_maximisation import Attack
+from jaxrd.distillation.views import View
+from jaxrd.distillation.weight_perturbation import WeightPerturbation
+from jaxrd.errors import InputError
+
+Array = jax.Array
+Logits = Mapping[str, Array]  # view name -> logits [batch, classes], or what the view's readout gives
+Loss = Callable[[Logits, Logits, Array], Array]  # (student, teacher, labels [batch]) -> [batch]
+Ramp = Callable[[Array], Array]  # training progress in (0, 1] -> factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One weighted summand of the loss.
+
+    Attributes:
+      name: its name in the metrics.
+      loss: (student logits by view, teacher logits by view, labels [batch]) -> [batch].
+      student: views whose student logits it reads.
+      teacher: views whose teacher logits it reads.
+      weight: its factor in the sum.
+      ramp: training progress in (0, 1] -> a further factor.
+    """
+
+    name: str
+    loss: Loss
+    student: tuple[str, ...]
+    teacher: tuple[str, ...] = ()
+    weight: float = 1.0
+    ramp: Ramp = jnp.ones_like
+
+
+@dataclasses.dataclass(frozen=True)
+class Monitor:
+    """A quantity that is logged and not trained on. It reads only what some term reads too: nothing is forwarded for it.
+
+    Attributes:
+      name: its name in the metrics.
+      value: (student logits by view, teacher logits by view, labels [batch]) -> [batch].
+    """
+
+    name: str
+    value: Loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An attack plus weighted terms over views.
+
+    Attributes:
+      name: "rslad+igdm".
+      attack: what generates the views that are not clean.
+      views: every view that a term may ask for, in the order of the student's forwards.
+      terms: the summands.
+      monitors: what is logged besides.
+      weight_perturbation: take the loss at adversarially perturbed weights; None: at the weights themselves.
+
+    Raises:
+      InputError: a term that reads a view which is not declared, or two terms or views of one name.
+    """
+
+    name: str
+    attack: Attack
+    views: tuple[View, ...]
+    terms: tuple[Term, ...]
+    monitors: tuple[Monitor, ...] = ()
+    weight_perturbation: WeightPerturbation | None = None
+
+    def __post_init__(self):
+        # Logits and terms are kept by name: of two alike, one would silently stand in for the other.
+        for kind, items in (("views", self.views), ("terms", (*self.terms, *self.monitors))):
+            for name, count in collections.Counter(item.name for item in items).items():
+                if count > 1:
+                    raise InputError(f'method "{self.name}" has {count} {kind} named "{name}"; give each a name of its own')
+        known = {view.name for view in self.views}
+        for term in self.terms:
+            for name in (*term.student, *term.teacher):
+                if name not in known:
+                    raise InputError(
+                        f'term "{term.name}" of method "{self.name}" reads view "{name}", which the method does not '
+                        f"declare; add it to its views ({', '.join(sorted(known))})")
+
+    @property
+    def student_views(self) -> tuple[View, ...]:
+        """The views that the student is forwarded on, in declared order: those that some term reads, or always."""
+        needed = {name for term in self.terms for name in term.student}
+        return tuple(view for view in self.views if view.name in needed or view.always)
+
+    @property
+    def student_forwards(self) -> tuple[tuple[View, ...], ...]:
+        """`student_views` by forward: one each, except that neighbours which are to go `together` share one."""
+        groups = itertools.groupby(self.student_views, lambda view: (view.together or view.name, view.batch_norm_set))
+        return tuple(tuple(views) for _, views in groups)
+
+    @property
+    def teacher_views(self) -> tuple[View, ...]:
+        """The views that some term, or the attack, needs the teacher on, in declared order."""
+        needed = {name for term in self.terms for name in term.teacher}
+        if self.attack.teacher_on_clean:
+            needed.add("clean")
+        return tuple(view for view in self.views if view.name in needed)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.teacher_views) or self.attack.teacher
+
+    @property
+    def batch_norm_sets(self) -> int:
+        """How many sets of BatchNorm the student must have."""
+        return 1 + max((view.batch_norm_set for view in self.student_views), default=0)
+
+    def loss(self, student: Logits, teacher: Logits, labels: Array, progress: Array) -> tuple[Array, dict[str, Array]]:
+        """Returns the per-example loss sum_i weight_i * ramp_i(progress) * term_i and the unweighted terms by name.
+
+        Args:
+          student: logits [batch, classes] by view.
+          teacher: likewise; empty without a teacher.
+          labels: [batch] int32.
+          progress: scalar in (0, 1], the fraction of training that this step completes.
+
+        Returns:
+          ([batch], {term name: [batch]}).
+        """
+        terms = {term.name: term.loss(student, teacher, labels) for term in self.terms}
+        weights = self.weights(progress)
+        return sum(weights[name] * terms[name] for name in terms), terms
+
+    def weights(self, progress: Array) -> dict[str, Array]:
+        """Returns weight * ramp(progress) of every term, by name."""
+        return {term.name: term.weight * term.ramp(progress) for term in self.terms}
