@@ -58,7 +58,7 @@ RECIPES = {
                             ("rift",), (100, (50, 80)), 1531),
 }
 
-# (method, data set) -> its own schedule. RSLAD: IGDM, B.1, where SVHN and Tiny-ImageNet have one schedule for all methods.
+# (method, data set) -> its own schedule. RSLAD: IGDM, B.1, whose 300 epochs are read as CIFAR's, not SVHN's or Tiny-ImageNet's.
 # DGAD: defaults of its main.py and main_tiny.py. Path: a reconstruction, with a one-cycle rate, which knows no milestones.
 METHOD_SCHEDULES: dict[tuple[str, str], Schedule] = {
     ("rslad", "cifar10"): (300, (215, 260, 285)),
@@ -102,7 +102,7 @@ AWP = {"pgd_at": (0.01, 0.0), "trades": (0.005, 9 / 200)}
 
 # What the code of IGDM does for the methods of its tables, besides weight decay 2e-4. There are scripts for ARD, RSLAD and
 # AdaAD on CIFAR-100; the other methods are taken to do alike. Its PGD steps 2/225 by default, and so in the ARD script, and
-# clips its start; RSLAD, AdaAD and, in its own code, TRADES do not. (A TRADES helper there, which no script calls, does both.)
+# clips its start. RSLAD, AdaAD and, in its own code, TRADES do neither. (IGDM's TRADES helper does both; no script calls it.)
 IGDM_CODE: dict[str, dict[str, Any]] = {
     **{base: {"attack.step_size": 2 / 225} for base in ("pgd_at", "ard", "iad", "akd")},
     **{base: {"attack.project_start": False} for base in ("trades", "adaad", "adaiad")},
@@ -204,11 +204,11 @@ def _method_options(
     data: str, base: str, modules: list[str], student: str, preset: str, teacher_recipe: str | None
 ) -> dict[str, Any]:
     """Returns the options of methods that depend on data set, student or teacher."""
-    options: dict[str, Any] = {
-        # From epoch 60 of 200 (IAD's code); from 80 on other data sets than CIFAR-10 in later code of IGDM's first author.
-        "iad_warmup": 0.3 if data == "cifar10" else 0.4,
-        "mart_beta": 6.0 if "wrn" in student else 5.0,
-    }
+    options: dict[str, Any] = {}
+    if base == "iad" and data != "cifar10":
+        options["iad_warmup"] = 0.4  # from epoch 80 of 200: later code of IGDM's first author; IAD's own has 60 throughout
+    if base == "mart" and "wrn" in student:
+        options["mart_beta"] = 6.0
     if "igdm" in modules:
         rows = ALPHA.get((data, student)) or ALPHA[data, RECIPES[data].student]
         recipes = RECIPES[data].teachers
