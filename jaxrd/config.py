@@ -169,14 +169,19 @@ def parse_argument(
             name = part
         else:
             raise InputError(f'config argument "{argument}": "{part}" is not field=value, such as seed=3')
-    if name not in presets:
-        try:
-            parse_name(name)
-        except InputError as error:
-            close = difflib.get_close_matches(name, presets, n=1)
-            hint = f'did you mean "{close[0]}"?' if close else f"besides methods: {', '.join(presets)}"
-            raise InputError(f'config argument "{argument}": {error}; {hint}') from None
+    if name not in presets and (wrong := _unknown_method(name)):
+        close = difflib.get_close_matches(name, presets, n=1)
+        hint = f'did you mean "{close[0]}"?' if close else f"besides methods: {', '.join(presets)}"
+        raise InputError(f'config argument "{argument}": {wrong}; {hint}')
     return name, overrides
+
+
+def _unknown_method(name: str) -> str | None:
+    try:
+        parse_name(name)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def override(config: config_dict.ConfigDict, overrides: Mapping[str, Any]) -> config_dict.ConfigDict:

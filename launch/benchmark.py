@@ -4,8 +4,11 @@ Medians over repetitions of each compiled part, on this machine, with the config
 are compiled alone, so they need not sum to the step, which XLA fuses as one program. Compilation is timed twice: from
 nothing, and from a persistent cache that the first one filled. An untrained teacher takes the place of a missing one, given
 its architecture: --teacher_model=resnet6_w32.
+
+    python -m launch.benchmark --config=configs/digits.py:ard+igdm --methods=pgd_at,ard,adaad,path      steps side by side
 """
 
+import dataclasses
 import os
 import statistics
 import tempfile
@@ -18,31 +21,82 @@ from launch import command
 _REPEATS = flags.DEFINE_integer("repeats", 30, "Timed calls of each part; the median is printed.", lower_bound=1)
 _TEACHER_MODEL = flags.DEFINE_string(
     "teacher_model", None, "Architecture of an untrained teacher to time instead of config.teacher.")
+_METHODS = flags.DEFINE_list(
+    "methods", None, "Time whole steps of these methods, side by side, instead of the parts of one.")
 
 
 def main() -> None:
     config = command.config()
+    if _METHODS.value:
+        compare(config, [name.strip() for name in _METHODS.value])
+    else:
+        parts_of(config)
+
+
+def compare(config, names: list[str]) -> None:
+    """Prints the step time of several methods on one machine, timed in turn, so that what disturbs one disturbs all."""
+    import jax
+
+    from jaxrd.config import Config
+    from jaxrd.training import parallel, step as steps
+
+    mesh, running = parallel.data_mesh(), {}
+    for name in names:
+        # Through `from_dict`, which checks them.
+        own = Config.from_dict(config.to_dict() | {"method": {**config.to_dict()["method"], "name": name, "igdm": None}})
+        recipe, teacher_variables, state, batch = _prepare(own, mesh)
+        began = time.perf_counter()
+        train_step = steps.make_train_step(recipe, mesh).lower(state, teacher_variables, batch).compile()
+        running[name] = [train_step, state, teacher_variables, batch, time.perf_counter() - began, []]
+    for turn in range(_REPEATS.value + 1):
+        for entry in running.values():
+            train_step, state, teacher_variables, batch, _, seconds = entry
+            began = time.perf_counter()
+            entry[1], metrics = train_step(state, teacher_variables, batch)
+            jax.block_until_ready((entry[1], metrics))
+            if turn:
+                seconds.append(time.perf_counter() - began)
+    print(f"{config.student}, batch {config.training.batch_size}, {config.attack.steps} attack steps, "
+          f"{mesh.size} {jax.default_backend()} device(s), {os.cpu_count()} cores; medians of {_REPEATS.value}, in turn")
+    first = statistics.median(running[names[0]][-1])
+    print(f"  {'method':<20}{'ms per step':>12}{'of ' + names[0]:>14}{'compilation':>14}")
+    for name, (*_, compilation, seconds) in running.items():
+        median = statistics.median(seconds)
+        print(f"  {name:<20}{1e3 * median:>12.2f}{median / first:>13.2f}x{compilation:>12.1f} s")
+
+
+def _prepare(config, mesh):
+    """Returns (recipe, teacher's variables, state, batch) of a configuration, on the devices."""
+    import jax
+
+    from jaxrd import models
+    from jaxrd.training import loop, parallel, state as states
+
+    parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh)
+    dataset, source = loop.open_data(config)
+    teacher_model = None
+    if _TEACHER_MODEL.value:
+        teacher_model = models.create(_TEACHER_MODEL.value, classes=source.classes, image_shape=source.image_shape)
+    recipe, teacher_variables = loop.build_recipe(config, dataset, len(source), mesh, teacher=teacher_model)
+    state = jax.device_put(
+        states.create(recipe.student, recipe.optimizer, jax.random.key(config.seed),
+                      weight_average=recipe.weight_average > 0), parallel.replicated(mesh))
+    batch = parallel.put_batch(source.batch(source.indices(config.seed, 0, config.training.batch_size)), mesh)
+    return recipe, teacher_variables, state, batch
+
+
+def parts_of(config) -> None:
     import jax
 
     cache = tempfile.TemporaryDirectory(prefix="jaxrd-benchmark-")
     jax.config.update("jax_compilation_cache_dir", cache.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-    from jaxrd import attacks, models
-    from jaxrd.training import loop, parallel, state as states, step as steps
+    from jaxrd import attacks
+    from jaxrd.training import parallel, step as steps
 
     mesh = parallel.data_mesh()
-    parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh)
-    dataset, source = loop.open_data(config)
-    teacher_model = None
-    if _TEACHER_MODEL.value:
-        teacher_model = models.create(
-            _TEACHER_MODEL.value, classes=source.classes, image_shape=source.image_shape)
-    recipe, teacher_variables = loop.build_recipe(config, dataset, len(source), mesh, teacher=teacher_model)
-    state = jax.device_put(
-        states.create(recipe.student, recipe.optimizer, jax.random.key(config.seed),
-                      weight_average=recipe.weight_average > 0), parallel.replicated(mesh))
-    batch = parallel.put_batch(source.batch(source.indices(config.seed, 0, config.training.batch_size)), mesh)
+    recipe, teacher_variables, state, batch = _prepare(config, mesh)
     key = jax.random.key(1)
 
     def compile_step():

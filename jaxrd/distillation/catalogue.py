@@ -103,6 +103,7 @@ BASES: dict[str, Callable[..., Method]] = {
     builder.__name__: builder for builder in (
         methods.pgd_at, methods.trades, methods.mart, methods.ard, methods.iad, methods.akd, methods.rslad, methods.adaad,
         methods.adaiad, methods.dgad, methods.path)}
+_PUBLISHED = frozenset(BASES)
 MODULES: dict[str, float] = {"igdm": 10.0, "jvp": 10.0, "direct": 10.0, "awp": 0.005}  # in this order, with their defaults
 RAMPS: dict[str, Ramp] = {"linear": methods.linear_ramp, "constant": jnp.ones_like}
 ATTACKS: dict[str, Callable[[], Attack]] = {
@@ -151,7 +152,7 @@ def method(name: str, *, preset: str = "default", **options) -> Method:
             raise InputError(f"method.{option}: no such option; {methods.suggest(option, known)}")
     values = known | PRESETS[preset] | options
 
-    built = BASES[base_name](**_arguments(BASES[base_name], base_name, values))
+    built = dataclasses.replace(BASES[base_name](**_arguments(BASES[base_name], base_name, values)), name=base_name)
     if values["attack"]:
         if base_name == "path":
             raise InputError("method.attack does not fit path, whose attack generates paths; set method.path_inner_loss")
@@ -182,6 +183,31 @@ def method(name: str, *, preset: str = "default", **options) -> Method:
         if {*order} <= declared | {"clean"}:
             built = methods.with_forwards(built, order)
     return built
+
+
+def register(builder: Callable[..., Method]) -> Callable[..., Method]:
+    """Makes a method of one's own known by the name of its function, to configurations and modules too; a decorator.
+
+    In a notebook's process only: whoever reads the run elsewhere, to evaluate it for instance, registers it there first.
+
+    Args:
+      builder: called without arguments, returns the method.
+
+    Raises:
+      InputError: the name is that of a method of jaxrd, or cannot stand before "+igdm".
+
+    Example:
+      >>> @register
+      ... def gentle():
+      ...     return dataclasses.replace(methods.ard(), attack=trades_attack())
+      >>> method("gentle+igdm").name
+      'gentle+igdm'
+    """
+    name = builder.__name__
+    if name in _PUBLISHED or not name.isidentifier():
+        raise InputError(f'method "{name}" cannot be registered: the name is taken or none; define it with def, under another')
+    BASES[name] = builder
+    return builder
 
 
 def parse_name(name: str) -> tuple[str, list[str]]:

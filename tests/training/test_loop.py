@@ -1,5 +1,6 @@
 """A run is a function of its configuration: whatever interrupts it, it ends in the same parameters and the same log."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,9 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrd import models
+from jaxrd.distillation.catalogue import BASES
 from jaxrd.errors import InputError
+from jaxrd.evaluation.evaluate import evaluate
 from jaxrd.training import checkpoint, loop
 from jaxrd.training.log import read_metrics
+from tests.support import assert_input_error
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -410,3 +415,55 @@ def test_the_command_ends_on_sigterm_with_its_status_and_goes_on_when_called_aga
 def environment():
     """For processes of our own: as many devices as here, so that they find the programs that this one has compiled."""
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(len(jax.devices())), "PYTHONPATH": str(ROOT)}
+
+
+# What a method asks of its teacher and its batches.
+
+
+def test_negatives_need_a_second_class_in_the_batch(tiny_config, tiny_teacher, tmp_path):
+    path = {"name": "path", "path_points": 2}
+    config = tiny_config(method=path, teacher=str(tiny_teacher), training={"batch_size": 1, "steps": 2})
+    assert_input_error(
+        lambda: train(config, tmp_path / "run"), "batch of step 1", "class", "path", "config.training.batch_size",
+        "config.method.path_targeted_start=anchor_image")
+    anchors = tiny_config(method=path | {"path_targeted_start": "anchor_image"}, teacher=str(tiny_teacher))
+    loop.check_batch(anchors.build_method(), np.zeros(8, int), 1)
+    loop.check_batch(config.build_method(), np.array([1, 1, 0]), 1)
+
+
+@pytest.mark.parametrize("blocked, what", [
+    (lambda logits: jax.lax.stop_gradient(logits), "0 everywhere"), (lambda logits: jnp.round(logits), "0 everywhere"),
+    (lambda logits: 0 * logits, "0 everywhere"), (lambda logits: logits * jnp.inf, "nan")])
+def test_a_teacher_without_an_input_gradient_is_noticed_before_training(blocked, what, tiny_config, tiny_teacher):
+    teacher, variables = models.restore(tiny_teacher)
+
+    def apply(variables, images, train):
+        logits, moved = teacher.apply(variables, images, train)
+        return blocked(logits), moved
+
+    config = tiny_config(method="adaad", teacher=str(tiny_teacher))
+    dataset, source = loop.open_data(config)
+
+    def build(teacher):
+        return loop.build_recipe(
+            config, dataset, len(source), loop.parallel.data_mesh(jax.devices()[:1]), teacher=teacher)
+
+    assert_input_error(
+        lambda: build(dataclasses.replace(teacher, apply=apply)), "config.teacher", str(tiny_teacher), what, "adaad",
+        "--config.method.attack=rslad")
+    build(teacher)
+    # An attack that leaves the teacher alone does not mind.
+    config = tiny_config(method={"name": "adaad", "attack": "rslad"}, teacher=str(tiny_teacher))
+    build(dataclasses.replace(teacher, apply=apply))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["", "+igdm"])
+@pytest.mark.parametrize("base", sorted(BASES))
+def test_every_method_trains_and_evaluates(base, module, tiny_config, tiny_teacher, tmp_path):
+    config = tiny_config(
+        method={"name": base + module, "path_points": 2}, teacher=str(tiny_teacher), training={"steps": 2, "checkpoint_every": 2})
+    train(config, tmp_path / "run")
+    record = evaluate(tmp_path / "run", "clean,pgd20", teacher=str(tiny_teacher))
+    assert 0 <= record["accuracy"]["pgd20"] <= record["accuracy"]["clean"] <= 1
+    assert record["run"]["method"] == base + module
