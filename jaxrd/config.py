@@ -33,7 +33,7 @@ class DataConfig:
     name: str = _field("jaxrd_digits", "name of a prepared TFDS data set; jaxrd_digits prepares itself")
     arrays: str = _field("", '"train.npz,test.npz" (keys images, labels) instead of a TFDS data set')
     directory: str = _field("", "where TFDS data sets lie; empty: TFDS's own default")
-    examples: int | None = _field(None, "train on this many images only, equally many of each class, drawn by the seed; None: all")
+    examples: int | None = _field(None, "train on this many images, equally many of each class, drawn by the seed; None: all")
     validation_fraction: float = _field(0.1, "part of the training split set aside where a data set has no validation split")
     shift: int = _field(0, "random pad-and-crop, in pixels (papers: 4 on CIFAR)")
     flip: bool = _field(False, "random horizontal flips")
@@ -367,8 +367,9 @@ def _check(config: Config) -> None:
     need({*training.writer_names} <= {"tensorboard", "wandb"}, "training.writers", 'empty, "tensorboard", "wandb" or both')
     need(config.attack.start in ("", "uniform", "gaussian", "none"), "attack.start",
          'empty, "uniform", "gaussian" or "none"')
-    if "path" in config.method.name.split("+"):
-        need(config.method.path_points <= config.attack.steps, "method.path_points", f"at most attack.steps, {config.attack.steps}")
+    if config.method.name.split("+")[0] == "path":
+        need(config.method.path_points <= config.attack.steps, "method.path_points",
+             f"at most attack.steps, {config.attack.steps}")
 
     try:
         threat, method = config.threat.build(), config.build_method()

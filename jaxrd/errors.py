@@ -1,4 +1,7 @@
-"""The one exception type that means "your input", not "our bug"."""
+"""The one exception type that means "your input", not "our bug", and the checks whose one line several rooms need."""
+
+import difflib
+from collections.abc import Collection
 
 
 class InputError(ValueError):
@@ -6,3 +9,22 @@ class InputError(ValueError):
 
     The command lines print it without a traceback and exit with status 1; a library user sees an ordinary `ValueError`.
     """
+
+
+def need(ok: bool, field: str, value, rule: str) -> None:
+    """Raises InputError unless `ok`: "{field} is {value}; it must be {rule}"."""
+    if not ok:
+        raise InputError(f"{field} is {value}; it must be {rule}")
+
+
+def choose(field: str, value: str, known: Collection[str]) -> None:
+    """Raises InputError unless the value is among the known ones, with the nearest of them."""
+    if value not in known:
+        raise InputError(f'{field} is "{value}"; {suggest(value, known)}')
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """Returns "did you mean ...? known: ..."."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f'did you mean "{close[0]}"? ' if close else ""
+    return f"{hint}known: {', '.join(known)}"

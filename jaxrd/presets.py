@@ -18,8 +18,7 @@ from jaxrd.config import (
     AttackConfig, Config, DataConfig, MethodConfig, OptimizerConfig, ThreatConfig, TrainingConfig, config_dict_of,
     override, parse_argument)
 from jaxrd.distillation.catalogue import PRESETS, parse_name
-from jaxrd.distillation.methods import suggest
-from jaxrd.errors import InputError
+from jaxrd.errors import InputError, suggest
 
 # Epochs, and the epochs after which the learning rate is divided by 10.
 Schedule = tuple[int, tuple[int, ...]]

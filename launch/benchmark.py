@@ -8,7 +8,6 @@ its architecture: --teacher_model=resnet6_w32.
     python -m launch.benchmark --config=configs/digits.py:ard+igdm --methods=pgd_at,ard,adaad,path      steps side by side
 """
 
-import dataclasses
 import os
 import statistics
 import tempfile

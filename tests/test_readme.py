@@ -6,7 +6,11 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from jaxrd.distillation import catalogue
+from jaxrd.training.log import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "configs").glob("*.py"))]
@@ -35,11 +39,32 @@ def test_every_other_command_uses_flags_that_exist(module):
     assert used and all(re.search(rf"^\s+{flag}\b|\[?{flag}", known.stdout, re.M) for flag in used), known.stdout
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
 def test_the_notebook_example_runs(tiny_teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, = [example for example in EXAMPLES if "models.restore" in example]
     exec(compile(code.replace("runs/ard+igdm", str(tiny_teacher)), "README.md", "exec"), {})
     assert 0 <= float(capsys.readouterr().out) <= 1
+
+
+def test_a_method_of_ones_own_takes_a_few_lines_and_trains(tiny_config, tiny_teacher, tmp_path, monkeypatch):
+    code, = [example for example in EXAMPLES if "d.register" in example]
+    assert len([line for line in code.splitlines() if line.strip()]) < 15
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(catalogue, "BASES", dict(catalogue.BASES))
+    # The cell as it stands, on data and a teacher that take seconds.
+    before, call = code.split("loop.train(")
+    assert call.startswith('Config.from_dict(digits.get_config("gentle+igdm"))')
+    names = {}
+    exec(compile(before, "README.md", "exec"), names)
+    assert names["Config"].from_dict(names["digits"].get_config("gentle+igdm")).build_method().name == "gentle+igdm"
+    config = tiny_config(method="gentle+igdm", teacher=str(tiny_teacher), training={"steps": 2})
+    names["loop"].train(config, tmp_path / "run", devices=jax.devices()[:1])
+    entry = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert entry["train/loss"] == pytest.approx(
+        0.5 * entry["train/labels"] + 0.5 * entry["train/l1"] + 10 * 0.5 * entry["train/igdm"], rel=1e-4)
 
 
 def test_the_pictures_exist():

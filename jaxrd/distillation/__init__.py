@@ -9,7 +9,7 @@ from jaxrd.distillation.inner_maximisation import (
     Attack, Context, InnerMaximisation, cross_entropy_attack, pgd_attack, teacher_fixed_attack, teacher_moving_attack,
     trades_attack)
 from jaxrd.distillation.introspection import reliability
-from jaxrd.distillation.methods import with_awp, with_direct, with_igdm, with_jvp
+from jaxrd.distillation.modules import with_awp, with_direct, with_igdm, with_jvp
 from jaxrd.distillation.views import ADVERSARIAL, CLEAN, MIRRORED, View
 
 __all__ = [

@@ -12,11 +12,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxrd.distillation import methods
+from jaxrd.distillation import methods, modules
 from jaxrd.distillation.composition import Method, Ramp
 from jaxrd.distillation.inner_maximisation import (
     Attack, cross_entropy_attack, teacher_fixed_attack, teacher_moving_attack, trades_attack)
-from jaxrd.errors import InputError
+from jaxrd.errors import InputError, choose, suggest
 
 
 def documented(default, doc: str):
@@ -105,7 +105,7 @@ BASES: dict[str, Callable[..., Method]] = {
         methods.adaiad, methods.dgad, methods.path)}
 _PUBLISHED = frozenset(BASES)
 MODULES: dict[str, float] = {"igdm": 10.0, "jvp": 10.0, "direct": 10.0, "awp": 0.005}  # in this order, with their defaults
-RAMPS: dict[str, Ramp] = {"linear": methods.linear_ramp, "constant": jnp.ones_like}
+RAMPS: dict[str, Ramp] = {"linear": modules.linear_ramp, "constant": jnp.ones_like}
 ATTACKS: dict[str, Callable[[], Attack]] = {
     "ce": cross_entropy_attack, "trades": trades_attack, "rslad": teacher_fixed_attack, "adaad": teacher_moving_attack}
 
@@ -143,33 +143,33 @@ def method(name: str, *, preset: str = "default", **options) -> Method:
       >>> method("rslad", igdm=10.0).name
       'rslad+igdm'
     """
-    base_name, modules = parse_name(name)
+    base_name, named = parse_name(name)
     if preset not in PRESETS:
-        raise InputError(f'method preset is "{preset}"; {methods.suggest(preset, PRESETS)}')
+        raise InputError(f'method preset is "{preset}"; {suggest(preset, PRESETS)}')
     known = {field.name: field.default for field in dataclasses.fields(MethodConfig)}
     for option in options:
         if option not in known:
-            raise InputError(f"method.{option}: no such option; {methods.suggest(option, known)}")
+            raise InputError(f"method.{option}: no such option; {suggest(option, known)}")
     values = known | PRESETS[preset] | options
 
     built = dataclasses.replace(BASES[base_name](**_arguments(BASES[base_name], base_name, values)), name=base_name)
     if values["attack"]:
         if base_name == "path":
             raise InputError("method.attack does not fit path, whose attack generates paths; set method.path_inner_loss")
-        methods._choose("attack", values["attack"], ATTACKS)
+        choose("method.attack", values["attack"], ATTACKS)
         built = dataclasses.replace(built, attack=ATTACKS[values["attack"]]())
     if values["igdm_ramp"] not in RAMPS:
-        raise InputError(f'method.igdm_ramp is "{values["igdm_ramp"]}"; {methods.suggest(values["igdm_ramp"], RAMPS)}')
+        raise InputError(f'method.igdm_ramp is "{values["igdm_ramp"]}"; {suggest(values["igdm_ramp"], RAMPS)}')
     ramp = RAMPS[values["igdm_ramp"]]
     for module, default in MODULES.items():
         weight = values[module]
         if weight is None:
-            weight = default if module in modules else 0.0
+            weight = default if module in named else 0.0
         if not (math.isfinite(weight) and weight >= 0):
             raise InputError(f"method.{module} is {weight}; it must be a number of 0 or above")
         if weight == 0:
             continue
-        add = getattr(methods, f"with_{module}")
+        add = getattr(modules, f"with_{module}")
         own = _arguments(add, module, values)
         if module == "igdm":
             own["mirrored_statistics"] = values["mirrored_statistics"]
@@ -181,7 +181,7 @@ def method(name: str, *, preset: str = "default", **options) -> Method:
         declared = {view.name for view in built.views}
         order = _PUBLISHED_FORWARDS.get(plain, ())
         if {*order} <= declared | {"clean"}:
-            built = methods.with_forwards(built, order)
+            built = modules.with_forwards(built, order)
     return built
 
 
@@ -212,18 +212,18 @@ def register(builder: Callable[..., Method]) -> Callable[..., Method]:
 
 def parse_name(name: str) -> tuple[str, list[str]]:
     """Splits "adaad+igdm" into ("adaad", ["igdm"]); InputError for an unknown base or module, or one given twice."""
-    base_name, *modules = str(name).split("+")
+    base_name, *named = str(name).split("+")
     if base_name not in BASES:
-        raise InputError(f'method.name is "{name}"; {methods.suggest(base_name, BASES)}')
-    for module in modules:
-        if module not in MODULES or modules.count(module) > 1:
+        raise InputError(f'method.name is "{name}"; {suggest(base_name, BASES)}')
+    for module in named:
+        if module not in MODULES or named.count(module) > 1:
             known = ", ".join(f'"+{known}"' for known in MODULES)
             close = difflib.get_close_matches(module, MODULES, n=1)
-            meant = "+".join(dict.fromkeys([base_name, *(close[0] if other == module else other for other in modules)])
+            meant = "+".join(dict.fromkeys([base_name, *(close[0] if other == module else other for other in named)])
                              ) if close else ""
             hint = f'did you mean "{meant}"? ' if meant else ""
             raise InputError(f'method.name is "{name}"; {hint}the modules that can follow a base, once each, are {known}')
-    return base_name, modules
+    return base_name, named
 
 
 def _arguments(builder: Callable, prefix: str, values: dict[str, Any]) -> dict[str, Any]:

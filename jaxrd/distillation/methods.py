@@ -1,30 +1,29 @@
 """The methods: each is an attack and a few terms. Their formulas are pure functions elsewhere; here they are put together.
 
     base:    pgd_at, trades, mart (without a teacher); ard, iad, akd, rslad, adaad, adaiad; dgad; path
-    module:  with_igdm, with_jvp, with_direct, with_awp, on top of any of them
+    module:  in `modules`, on top of any of them
 
 S and T are student and teacher, x the clean image, x' the adversarial one, y the label, and KL(a || b) the divergence of the
 softmax of b from that of a, summed over classes. Every loss is a batch mean.
 """
 
-import dataclasses
-import difflib
-import math
-from collections.abc import Collection
-
 import jax
 import jax.numpy as jnp
 
 from jaxrd import objectives
-from jaxrd.distillation import adversarial_path, dynamic_guidance, gradient_matching, introspection
-from jaxrd.distillation.composition import Loss, Method, Monitor, Ramp, Term
+from jaxrd.distillation import adversarial_path, dynamic_guidance, introspection
+from jaxrd.distillation.composition import Method, Monitor, Term
 from jaxrd.distillation.inner_maximisation import (
-    cross_entropy_attack, path_attack, teacher_fixed_attack, teacher_moving_attack, trades_attack, with_random_direction)
-from jaxrd.distillation.views import ADVERSARIAL, CLEAN, MIRRORED, View, displaced, generated
-from jaxrd.distillation.weight_perturbation import WeightPerturbation
-from jaxrd.errors import InputError
+    cross_entropy_attack, path_attack, teacher_fixed_attack, teacher_moving_attack, trades_attack)
+from jaxrd.distillation.terms import REDUCTIONS, cross_entropy, distillation, hard_labels, self_distillation
+from jaxrd.distillation.views import ADVERSARIAL, CLEAN, View, generated
+from jaxrd.errors import InputError, choose, need
 
 Array = jax.Array
+
+_CORRECTIONS = {
+    "swap": dynamic_guidance.swap_labels, "smooth": dynamic_guidance.smooth_labels, "mix": dynamic_guidance.mix_labels,
+    "none": lambda teacher_logits, labels: teacher_logits}
 
 
 # Without a teacher.
@@ -32,7 +31,7 @@ Array = jax.Array
 
 def pgd_at() -> Method:
     """Adversarial training: CE(S(x'), y) (Madry et al. 2018)."""
-    return Method("pgd_at", cross_entropy_attack(), (ADVERSARIAL,), (_cross_entropy("adversarial"),))
+    return Method("pgd_at", cross_entropy_attack(), (ADVERSARIAL,), (cross_entropy("adversarial"),))
 
 
 def trades(beta: float = 6.0, detach: bool = False) -> Method:
@@ -42,9 +41,9 @@ def trades(beta: float = 6.0, detach: bool = False) -> Method:
       beta: weight of the divergence, 0 or above.
       detach: no gradient into S(x) as its target; it flows in the published code.
     """
-    _need(beta >= 0, "trades_beta", beta, "0 or above")
+    need(beta >= 0, "method.trades_beta", beta, "0 or above")
     return Method("trades", trades_attack(), (CLEAN, ADVERSARIAL), (
-        _cross_entropy("clean"), Term("self_distillation", _self_distillation(detach), ("clean", "adversarial"), weight=beta)))
+        cross_entropy("clean"), Term("self_distillation", self_distillation(detach), ("clean", "adversarial"), weight=beta)))
 
 
 def mart(beta: float = 5.0) -> Method:
@@ -55,7 +54,7 @@ def mart(beta: float = 5.0) -> Method:
     Args:
       beta: 5 for ResNets, 6 for wide ones in the published code; 0 or above.
     """
-    _need(beta >= 0, "mart_beta", beta, "0 or above")
+    need(beta >= 0, "method.mart_beta", beta, "0 or above")
 
     def weighted(student, teacher, labels):
         doubt = 1 - jnp.exp(-objectives.cross_entropy(student["clean"], labels))
@@ -81,11 +80,11 @@ def ard(temperature: float = 1.0, alpha: float = 1.0, reduction: str = "batchmea
       alpha: in [0, 1].
       reduction: "batchmean", or "mean" to divide the divergence by the number of classes too.
     """
-    _need(temperature > 0, "ard_temperature", temperature, "above 0")
-    _need(0 <= alpha <= 1, "ard_alpha", alpha, "in [0, 1]")
-    _choose("ard_reduction", reduction, _REDUCTIONS)
-    terms = (_distillation("clean", "adversarial", weight=alpha, temperature=temperature, reduction=reduction),)
-    return Method("ard", cross_entropy_attack(), (ADVERSARIAL, CLEAN), (*terms, *_hard_labels(1 - alpha)))
+    need(temperature > 0, "method.ard_temperature", temperature, "above 0")
+    need(0 <= alpha <= 1, "method.ard_alpha", alpha, "in [0, 1]")
+    choose("method.ard_reduction", reduction, REDUCTIONS)
+    terms = (distillation("clean", "adversarial", weight=alpha, temperature=temperature, reduction=reduction),)
+    return Method("ard", cross_entropy_attack(), (ADVERSARIAL, CLEAN), (*terms, *hard_labels(1 - alpha)))
 
 
 def iad(
@@ -116,9 +115,9 @@ def akd(weight: float = 0.5, target: str = "adversarial") -> Method:
       weight: in [0, 1].
       target: the view on which the teacher is asked, "adversarial" or "clean".
     """
-    _need(0 <= weight <= 1, "akd_weight", weight, "in [0, 1]")
-    _choose("akd_target", target, ("adversarial", "clean"))
-    terms = (_distillation(target, "adversarial", weight=weight), *_hard_labels(1 - weight, "adversarial"))
+    need(0 <= weight <= 1, "method.akd_weight", weight, "in [0, 1]")
+    choose("method.akd_target", target, ("adversarial", "clean"))
+    terms = (distillation(target, "adversarial", weight=weight), *hard_labels(1 - weight, "adversarial"))
     return Method("akd", cross_entropy_attack(), (ADVERSARIAL, CLEAN), terms)
 
 
@@ -131,10 +130,10 @@ def rslad(scale: float = 0.1) -> Method:
       scale: 0.1 is what the published mean over batch and classes (times 10 on CIFAR-100) amounts to; 1 is the batch mean
         that the other methods use. Above 0.
     """
-    _need(scale > 0, "rslad_scale", scale, "above 0")
+    need(scale > 0, "method.rslad_scale", scale, "above 0")
     return Method("rslad", teacher_fixed_attack(), (ADVERSARIAL, CLEAN), (
-        _distillation("clean", "adversarial", name="distillation_adversarial", weight=scale * 5 / 6),
-        _distillation("clean", "clean", name="distillation_clean", weight=scale / 6),
+        distillation("clean", "adversarial", name="distillation_adversarial", weight=scale * 5 / 6),
+        distillation("clean", "clean", name="distillation_clean", weight=scale / 6),
     ))
 
 
@@ -148,11 +147,11 @@ def adaad(weight: float = 1.0, reduction: str = "batchmean") -> Method:
       weight: lambda, in [0, 1].
       reduction: "batchmean", or "mean" to divide by the number of classes too, as the published code does on CIFAR-10.
     """
-    _need(0 <= weight <= 1, "adaad_weight", weight, "in [0, 1]")
-    _choose("adaad_reduction", reduction, _REDUCTIONS)
-    terms = [_distillation("adversarial", "adversarial", name="distillation_adversarial", weight=weight, reduction=reduction)]
+    need(0 <= weight <= 1, "method.adaad_weight", weight, "in [0, 1]")
+    choose("method.adaad_reduction", reduction, REDUCTIONS)
+    terms = [distillation("adversarial", "adversarial", name="distillation_adversarial", weight=weight, reduction=reduction)]
     if weight < 1:
-        terms.append(_distillation("clean", "clean", name="distillation_clean", weight=1 - weight, reduction=reduction))
+        terms.append(distillation("clean", "clean", name="distillation_clean", weight=1 - weight, reduction=reduction))
     return Method("adaad", teacher_moving_attack(), (CLEAN, ADVERSARIAL), tuple(terms))
 
 
@@ -185,11 +184,11 @@ def dgad(
       product: reproduce that code's misplaced parenthesis for MobileNetV2, which multiplies the two parts:
         (scale * (L_ST + share of x') * L_AT, with L_AT the mean over the images that are distilled adversarially.
     """
-    _need(beta >= 0, "dgad_beta", beta, "0 or above")
-    _need(scale > 0, "dgad_scale", scale, "above 0")
-    _choose("dgad_consistency", consistency, ("mse", "l2"))
-    _choose("dgad_correction", correction, _CORRECTIONS)
-    _choose("dgad_attack", attack, ("adaad", "rslad"))
+    need(beta >= 0, "method.dgad_beta", beta, "0 or above")
+    need(scale > 0, "method.dgad_scale", scale, "above 0")
+    choose("method.dgad_consistency", consistency, ("mse", "l2"))
+    choose("method.dgad_correction", correction, _CORRECTIONS)
+    choose("method.dgad_attack", attack, ("adaad", "rslad"))
     correct, target = _CORRECTIONS[correction], "adversarial" if attack == "adaad" else "clean"
 
     def wrong(teacher, labels):
@@ -282,12 +281,12 @@ def path(
       natural: what 1 - alpha weighs: KL(T(x) || S(x)) for the "anchor", in set 0, or for "both" branches' starts.
       hinge: count an alignment only above that of (1 - hinge, hinge/(C-1), ...) with the one-hot label; 0: always.
     """
-    _need(0 < alpha <= 1, "path_alpha", alpha, "in (0, 1]")
-    _need(gamma >= 0, "path_gamma", gamma, "0 or above")
-    _need(points >= 1, "path_points", points, "1 or above")
-    _need(0 <= floor <= 1, "path_floor", floor, "in [0, 1]")
-    _need(scale > 0, "path_scale", scale, "above 0")
-    _need(0 <= hinge < 1, "path_hinge", hinge, "in [0, 1)")
+    need(0 < alpha <= 1, "method.path_alpha", alpha, "in (0, 1]")
+    need(gamma >= 0, "method.path_gamma", gamma, "0 or above")
+    need(points >= 1, "method.path_points", points, "1 or above")
+    need(0 <= floor <= 1, "method.path_floor", floor, "in [0, 1]")
+    need(scale > 0, "method.path_scale", scale, "above 0")
+    need(0 <= hinge < 1, "method.path_hinge", hinge, "in [0, 1)")
     for field, value, known in (
             ("weights", weights, adversarial_path.SCHEMES), ("weight_model", weight_model, ("student", "teacher")),
             ("normalisation", normalisation, adversarial_path.NORMALISATIONS),
@@ -297,7 +296,7 @@ def path(
             ("align_target", align_target, ("teacher_clean", "teacher_at_point")),
             ("align_distance", align_distance, adversarial_path.ALIGNMENTS), ("batching", batching, ("joint", "separate")),
             ("natural", natural, ("anchor", "both"))):
-        _choose(f"path_{field}", value, known)
+        choose(f"method.path_{field}", value, known)
     looks = weights in ("drop", "boundary")
     for wrong, message in (
             (weight_model == "teacher" and not looks,
@@ -367,227 +366,21 @@ def path(
         views += branch(targeted, start, second)[0 if dual_batch_norm else 1:]
         terms.append(Term("path_targeted", weight=alpha * gamma, **aligned(targeted, start.name)))
     if alpha < 1:
-        terms.append(_distillation("clean", "clean", name="distillation_clean", weight=1 - alpha))
+        terms.append(distillation("clean", "clean", name="distillation_clean", weight=1 - alpha))
         if natural == "both":
-            terms.append(_distillation("clean", start.name, name="distillation_clean_targeted", weight=1 - alpha))
+            terms.append(distillation("clean", start.name, name="distillation_clean_targeted", weight=1 - alpha))
     return Method("path", attack, views, tuple(terms))
-
-
-# Modules: on top of any method.
-
-
-def linear_ramp(progress: Array) -> Array:
-    """The factor e/E of the IGDM paper (appendix B.2), by steps where the paper goes by epochs: 1 in the last step."""
-    return progress
-
-
-def with_igdm(
-    base: Method,
-    weight: float,
-    *,
-    ramp: Ramp = linear_ramp,
-    mirrored_statistics: bool = False,
-    distance: str = "kl",
-    direction: str = "attack",
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    control: str = "none",
-) -> Method:
-    """Adds indirect gradient matching to any method: + weight * ramp * IGDM (Lee et al. 2025, eq. 9 and appendix B.2).
-
-    D(T(x + beta d) - T(x - gamma d), S(x + beta d) - S(x - gamma d)), with the perturbation d that the base has found. The
-    views "clean" and "adversarial" are shared with the base; only "mirrored" is new to the student.
-
-    Args:
-      base: any method whose attack generates "adversarial".
-      weight: alpha; the papers search it per teacher and student (0.2 to 220).
-      ramp: progress -> factor; the papers' is linear.
-      mirrored_statistics: let S(x - d) move the BatchNorm running statistics, as the published code does.
-      distance: "kl", "l1" or "l2": see `igdm`.
-      direction: d is the "attack"'s perturbation, or a "random" one, uniform in the ball.
-      beta: scale of the forward point.
-      gamma: scale of the mirrored point; 0 is the forward difference S(x + d) - S(x) (SAAD, eq. 11).
-      control: "none"; without a teacher, the controls of appendix A.5: "zero" puts 0 for the teacher's difference,
-        "mirror" is D(S(x - d), S(x + d)), "trades" D(S(x), S(x + d)).
-    """
-    for field, value, known in (
-            ("igdm_distance", distance, gradient_matching.DIFFERENCE_DISTANCES), ("igdm_direction", direction, _DIRECTIONS),
-            ("igdm_control", control, _CONTROLS)):
-        _choose(field, value, known)
-    for field, value in (("igdm_beta", beta), ("igdm_gamma", gamma)):
-        _need(math.isfinite(value) and value >= 0, field, value, "0 or above")
-    gamma = 0.0 if control == "trades" else gamma
-    if beta == gamma == 0:
-        raise InputError("method.igdm_beta and method.igdm_gamma are both 0: the difference is of one point; raise one")
-    attack, along, views = base.attack, "adversarial", {view.name: view for view in base.views}
-    if direction == "random":
-        attack, along = with_random_direction(attack), "random"
-
-    def at(scale, name, shared):
-        """The name of the view at x + scale d, declared where it is not yet."""
-        if scale == 0:
-            view = CLEAN
-        elif shared is not None and direction == "attack" and abs(scale) == 1:
-            view = shared
-        else:
-            view = displaced(name, along, scale)
-        if view not in (CLEAN, ADVERSARIAL):
-            view = dataclasses.replace(view, updates_statistics=mirrored_statistics)
-        if view.name not in ("clean", "adversarial") and view.name in views:
-            raise InputError(f'method "{base.name}+igdm" has 2 views named "{view.name}"; give each a name of its own')
-        views.setdefault(view.name, view)
-        return view.name
-
-    plus, minus = at(beta, "plus", ADVERSARIAL), at(-gamma, "mirrored", MIRRORED)
-    measure = gradient_matching.DIFFERENCE_DISTANCES[distance]
-
-    def loss(student, teacher, labels):
-        ahead, behind = student[plus], student[minus]
-        if control == "zero":
-            return measure(jnp.zeros_like(ahead), ahead - behind)
-        if control in ("mirror", "trades"):
-            return measure(behind, ahead)
-        return gradient_matching.igdm(ahead, behind, teacher[plus], teacher[minus], distance)
-
-    asked = (plus, minus) if control == "none" else ()
-    term = Term("igdm", loss, student=(plus, minus), teacher=asked, weight=weight, ramp=ramp)
-    return _extended(base, "igdm", attack=attack, views=tuple(views.values()), terms=(*base.terms, term))
-
-
-def with_jvp(base: Method, weight: float, *, ramp: Ramp = linear_ramp) -> Method:
-    """Adds exact directional gradient matching: + weight * ramp * `jvp_matching` along the base's perturbation.
-
-    The student's Jacobian-vector product is taken in train mode, through its batch statistics: the limit of IGDM's forwards.
-    """
-    view = View(
-        "jvp", CLEAN.points, updates_statistics=False,
-        readout=lambda network, points, known, labels: gradient_matching.directional_derivative(
-            network, points, known["adversarial"] - points))
-    term = Term("jvp", lambda student, teacher, labels: gradient_matching.jvp_loss(teacher["jvp"], student["jvp"]),
-                student=("jvp",), teacher=("jvp",), weight=weight, ramp=ramp)
-    return _extended(base, "jvp", views=(*base.views, view), terms=(*base.terms, term))
-
-
-def with_direct(
-    base: Method, weight: float, *, ramp: Ramp = linear_ramp, scalar: str = "probability", distance: str = "l2",
-    at: str = "clean",
-) -> Method:
-    """Adds direct gradient matching, by double backprop: + weight * ramp * `gradient_matching` (Lee et al. 2025, eq. 11).
-
-    Args:
-      base: any method.
-      weight: the paper sweeps 1 to 10,000, to no gain.
-      ramp: progress -> factor.
-      scalar: "probability", "logit" or "cross_entropy": see `gradient_matching`; the paper does not say.
-      distance: "l2", "squared_l2" or "cosine".
-      at: the view at which gradients are matched, "clean" or "adversarial".
-    """
-    for field, value, known in (
-            ("direct_scalar", scalar, gradient_matching.SCALARS), ("direct_at", at, ("clean", "adversarial")),
-            ("direct_distance", distance, gradient_matching.GRADIENT_DISTANCES)):
-        _choose(field, value, known)
-    view = View(
-        "input_gradient", (CLEAN if at == "clean" else ADVERSARIAL).points, updates_statistics=False,
-        readout=lambda network, points, known, labels: gradient_matching.input_gradients(network, points, labels, scalar))
-    measure = gradient_matching.GRADIENT_DISTANCES[distance]
-    term = Term(
-        "direct", lambda student, teacher, labels: measure(teacher["input_gradient"], student["input_gradient"]),
-        student=("input_gradient",), teacher=("input_gradient",), weight=weight, ramp=ramp)
-    return _extended(base, "direct", views=(*base.views, view), terms=(*base.terms, term))
-
-
-def with_awp(base: Method, gamma: float, *, warmup: float = 0.0) -> Method:
-    """Takes the loss of any method at adversarially perturbed weights (AWP, Wu et al. 2020): see `WeightPerturbation`.
-
-    The perturbation climbs the method's whole loss, and its forwards leave the running statistics alone. Weight decay acts on
-    the weights themselves, where the published code lets it act on the perturbed ones.
-
-    Args:
-      base: any method.
-      gamma: relative size, above 0 (published: 0.01 on AT, 0.005 on TRADES).
-      warmup: fraction of training without it, in [0, 1) (published: 0 on AT, 10 of 200 epochs on TRADES).
-    """
-    _need(gamma > 0, "awp", gamma, "above 0")
-    _need(0 <= warmup < 1, "awp_warmup", warmup, "in [0, 1)")
-    if base.weight_perturbation:
-        raise InputError(f'method "{base.name}" has a weight perturbation already; give one')
-    return _extended(base, "awp", weight_perturbation=WeightPerturbation(gamma, warmup))
-
-
-def with_forwards(base: Method, order: Collection[str]) -> Method:
-    """Forwards the student on these views in this order, repeats included, each moving the running statistics.
-
-    Published code forwards some views twice, and some that no term reads; the losses are the same, the running statistics
-    that the student is evaluated with are not.
-    """
-    declared, views = {view.name: view for view in base.views}, []
-    declared.setdefault("clean", CLEAN)
-    for name in order:
-        view = dataclasses.replace(declared[name], updates_statistics=True, always=True)
-        repeats = sum(other.name.partition("#")[0] == name for other in views)
-        views.append(dataclasses.replace(view, name=f"{name}#{repeats + 1}" if repeats else name))
-    rest = [view for name, view in declared.items() if name not in order]
-    return dataclasses.replace(base, views=(*views, *rest))
-
-
-def _extended(base: Method, module: str, **changes) -> Method:
-    return dataclasses.replace(base, name=f"{base.name}+{module}", **changes)
-
-
-# Terms that several methods share.
-
-
-_REDUCTIONS = ("batchmean", "mean")
-_DIRECTIONS = ("attack", "random")
-_CONTROLS = ("none", "zero", "mirror", "trades")
-_CORRECTIONS = {
-    "swap": dynamic_guidance.swap_labels, "smooth": dynamic_guidance.smooth_labels, "mix": dynamic_guidance.mix_labels,
-    "none": lambda teacher_logits, labels: teacher_logits}
-
-
-def _cross_entropy(view: str, weight: float = 1.0) -> Term:
-    """weight * CE(S(view), y)."""
-    return Term(
-        "cross_entropy", lambda student, teacher, labels: objectives.cross_entropy(student[view], labels), student=(view,),
-        weight=weight)
-
-
-def _hard_labels(weight: float, view: str = "clean") -> tuple[Term, ...]:
-    """The cross-entropy term of a mixture, or nothing where its weight is 0: the view need not be forwarded then."""
-    return (_cross_entropy(view, weight),) if weight > 0 else ()
-
-
-def _distillation(
-    teacher_view: str, student_view: str, name: str = "distillation", weight: float = 1.0, temperature: float = 1.0,
-    reduction: str = "batchmean",
-) -> Term:
-    """weight * tau^2 KL_tau(T(teacher view) || S(student view)), divided by the number of classes for "mean"."""
-    def loss(student, teacher, labels):
-        logits = student[student_view]
-        divergence = temperature**2 * objectives.kl_divergence(teacher[teacher_view], logits, temperature)
-        return divergence / logits.shape[-1] if reduction == "mean" else divergence
-
-    return Term(name, loss, student=(student_view,), teacher=(teacher_view,), weight=weight)
-
-
-def _self_distillation(detach: bool = False) -> Loss:
-    """KL(S(x) || S(x'))."""
-    def loss(student, teacher, labels):
-        target = jax.lax.stop_gradient(student["clean"]) if detach else student["clean"]
-        return objectives.kl_divergence(target, student["adversarial"])
-
-    return loss
 
 
 def _introspective(name, attack, target, temperature, alpha, beta, warmup, weighting) -> Method:
     """IAD and AdaIAD: see `iad`; `target` is the view on which the teacher's distribution is matched."""
-    _need(temperature > 0, f"{name}_temperature", temperature, "above 0")
-    _need(0 < alpha <= 1, f"{name}_alpha", alpha, "in (0, 1]")
-    _need(beta >= 0, f"{name}_beta", beta, "0 or above")
-    _need(0 <= warmup < 1, f"{name}_warmup", warmup, "in [0, 1)")
-    _choose(f"{name}_weighting", weighting, ("self", "both"))
-    from_teacher = _distillation(target, "adversarial", weight=alpha, temperature=temperature)
-    from_itself = _self_distillation()
+    need(temperature > 0, f"method.{name}_temperature", temperature, "above 0")
+    need(0 < alpha <= 1, f"method.{name}_alpha", alpha, "in (0, 1]")
+    need(beta >= 0, f"method.{name}_beta", beta, "0 or above")
+    need(0 <= warmup < 1, f"method.{name}_warmup", warmup, "in [0, 1)")
+    choose(f"method.{name}_weighting", weighting, ("self", "both"))
+    from_teacher = distillation(target, "adversarial", weight=alpha, temperature=temperature)
+    from_itself = self_distillation()
 
     def introspection_loss(student, teacher, labels):
         doubt = 1 - introspection.reliability(teacher["adversarial"], labels, beta)
@@ -602,21 +395,4 @@ def _introspective(name, attack, target, temperature, alpha, beta, warmup, weigh
     reliable = Monitor("reliability", lambda student, teacher, labels: introspection.reliability(
         teacher["adversarial"], labels, beta))
     return Method(
-        name, attack, (ADVERSARIAL, CLEAN), (from_teacher, own, *_hard_labels(1 - alpha)), (reliable,))
-
-
-def _need(ok: bool, field: str, value, rule: str) -> None:
-    if not ok:
-        raise InputError(f"method.{field} is {value}; it must be {rule}")
-
-
-def _choose(field: str, value: str, known: Collection[str]) -> None:
-    if value not in known:
-        raise InputError(f'method.{field} is "{value}"; {suggest(value, known)}')
-
-
-def suggest(name: str, known: Collection[str]) -> str:
-    """Returns "did you mean ...? known: ..."."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f'did you mean "{close[0]}"? ' if close else ""
-    return f"{hint}known: {', '.join(known)}"
+        name, attack, (ADVERSARIAL, CLEAN), (from_teacher, own, *hard_labels(1 - alpha)), (reliable,))
