@@ -55,11 +55,8 @@ def path_weights(
     chex.assert_equal_shape([start_logits, path_logits[0]])
     steps, batch, _ = path_logits.shape
 
-    def true_class(logits):
-        return jnp.take_along_axis(jax.nn.softmax(logits), jnp.broadcast_to(labels, logits.shape[:-1])[..., None], -1)[..., 0]
-
     if scheme == "drop":
-        drop = jnp.maximum(true_class(start_logits) - true_class(path_logits), 0.0)
+        drop = jnp.maximum(_drop(start_logits, path_logits, labels), 0.0)
         weights = drop / jnp.maximum(jnp.max(drop, axis=1, keepdims=True), 1e-8)
     elif scheme == "uniform":
         weights = jnp.ones((steps, batch))
@@ -79,17 +76,20 @@ def path_weights(
     return jax.lax.stop_gradient(jnp.maximum(weights, floor))
 
 
-def weighted_path_loss(weights: Array, losses: Array, normalisation: str = "per_sample") -> Array:
+def weighted_path_loss(
+    weights: Array, losses: Array, normalisation: str = "per_sample", points: int | None = None
+) -> Array:
     """Returns the weighted sum over a path, one number per example.
 
       per_sample: sum_t w_t l_t / (sum_t w_t + 1e-8);
-      batch: sum_t w_t l_t, divided by the batch mean of sum_t w_t;
+      batch: sum_t w_t l_t / (batch mean of sum_t w_t + 1e-8);
       none: (1/m) sum_t w_t l_t, the form of the later work. Where hardly any point counts it nearly vanishes.
 
     Args:
       weights: [steps, batch].
       losses: [steps, batch].
       normalisation: as above.
+      points: m, where points of weight 0 have been left out; None: steps.
 
     Returns:
       [batch].
@@ -101,8 +101,17 @@ def weighted_path_loss(weights: Array, losses: Array, normalisation: str = "per_
     if normalisation == "batch":
         return total / (jnp.mean(weight) + 1e-8)
     if normalisation == "none":
-        return total / weights.shape[0]
+        return total / (points or weights.shape[0])
     raise ValueError(f'path normalisation is "{normalisation}"; known: {", ".join(NORMALISATIONS)}')
+
+
+def _drop(start_logits: Array, path_logits: Array, labels: Array) -> Array:
+    """p(x)_y - p(x_t)_y, [steps, batch]; near 1 by way of the other classes, or a small drop would be rounding only."""
+    true = jax.nn.one_hot(labels, start_logits.shape[-1])
+    start, path = jax.nn.softmax(start_logits), jax.nn.softmax(path_logits)
+    at_start = jnp.sum(start * true, axis=-1)
+    others = jnp.sum(path * (1 - true), axis=-1) - jnp.sum(start * (1 - true), axis=-1)
+    return jnp.where(at_start > 0.5, others, at_start - jnp.sum(path * true, axis=-1))
 
 
 def hinge(losses: Array, bound: float) -> Array:

@@ -117,8 +117,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "official": {"adaiad_temperature": 30.0, "mirrored_statistics": True, "published_forwards": True},
 }
 
-# The student's train-mode forwards of published code, in their order, where they are more than the loss needs.
+# The student's train-mode forwards of published code, in their order, where they are more than the loss needs. (Not here: IAD
+# and AdaIAD forward S(x) once more after their warm-up.)
 _PUBLISHED_FORWARDS = {
+    "ard": ("adversarial", "clean"),
     "trades": ("clean", "adversarial", "clean"),
     "adaad": ("clean", "adversarial"),
     "ard+igdm": ("adversarial", "clean", "mirrored"),

@@ -182,7 +182,8 @@ def dgad(
       attack: "adaad", or "rslad": its attack, and T(x) as the target of x'.
       scale: of the distillation part (0.5 in the published code for MobileNetV2), above 0.
       product: reproduce that code's misplaced parenthesis for MobileNetV2, which multiplies the two parts:
-        (scale * (L_ST + share of x') * L_AT, with L_AT the mean over the images that are distilled adversarially.
+        scale * (L_ST + share of x') * L_AT, with L_ST the sum of the clean part over the batch size, and L_AT the mean over
+        the images that are distilled adversarially.
     """
     need(beta >= 0, "method.dgad_beta", beta, "0 or above")
     need(scale > 0, "method.dgad_scale", scale, "above 0")
@@ -340,18 +341,18 @@ def path(
         distance = adversarial_path.ALIGNMENTS[align_distance]
 
         def loss(student, teacher, labels):
-            points = jnp.stack([student[name] for name in names])
+            logits = jnp.stack([student[name] for name in names])
             target = jnp.stack([teacher[name if at_point else "clean"] for name in names])
             if looks and weight_model == "teacher":
                 weigh_start, weigh = teacher["clean"], jnp.stack([teacher[name] for name in names])
             else:
-                weigh_start, weigh = student[start] if starts_student else points[0], points
+                weigh_start, weigh = student[start] if starts_student else logits[0], logits
             weight = adversarial_path.path_weights(
                 weigh_start, weigh, labels, weights, teacher_logits=target, scale=scale, floor=floor)
-            result = adversarial_path.weighted_path_loss(weight, jax.vmap(distance)(target, points), normalisation)
+            result = adversarial_path.weighted_path_loss(weight, jax.vmap(distance)(target, logits), normalisation, points)
             if hinge:
                 result = adversarial_path.hinge(
-                    result, adversarial_path.hinge_bound(hinge, points.shape[-1], align_distance))
+                    result, adversarial_path.hinge_bound(hinge, logits.shape[-1], align_distance))
             return result
 
         return {"loss": loss, "student": (*([start] if starts_student else []), *names), "teacher": tuple(teacher_views)}

@@ -149,7 +149,7 @@ def with_awp(base: Method, gamma: float, *, warmup: float = 0.0) -> Method:
     Args:
       base: any method.
       gamma: relative size, above 0 (published: 0.01 on AT, 0.005 on TRADES).
-      warmup: fraction of training without it, in [0, 1) (published: 0 on AT, 10 of 200 epochs on TRADES).
+      warmup: fraction of training without it, in [0, 1) (published: 0 on AT, the first 9 of 200 epochs on TRADES).
     """
     need(gamma > 0, "method.awp", gamma, "above 0")
     need(0 <= warmup < 1, "method.awp_warmup", warmup, "in [0, 1)")

@@ -43,7 +43,9 @@ def perturb_weights(params: Any, gradients: Any, gamma: Array | float) -> Any:
     def worst(weight, gradient):
         if weight.ndim < 2:
             return weight
-        # Unit length first: a product of two norms over a squared one would underflow late in training.
-        return weight + gamma * jnp.linalg.norm(weight) * gradient / (jnp.linalg.norm(gradient) + 1e-20)
+        # Measured by the largest entry first: the squares of small gradients underflow.
+        largest = jnp.max(jnp.abs(gradient))
+        scaled = gradient / jnp.where(largest > 0, largest, 1.0)
+        return weight + gamma * jnp.linalg.norm(weight) * scaled / jnp.maximum(jnp.linalg.norm(scaled), 1.0)
 
     return jax.tree.map(worst, params, gradients)

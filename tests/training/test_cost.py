@@ -129,9 +129,8 @@ def test_options_of_path_leave_out_what_they_do_not_read(options, student, teach
 
 
 @pytest.mark.parametrize("name, forwards", [
-    ("trades", 3), ("adaad", 2), ("ard+igdm", 3), ("rslad+igdm", 4), ("adaad+igdm", 4), ("ard", 1)])
+    ("trades", 3), ("adaad", 2), ("ard+igdm", 3), ("rslad+igdm", 4), ("adaad+igdm", 4), ("ard", 2), ("rslad", 2)])
 def test_preset_official_repeats_the_student_forwards_of_the_published_code(name, forwards):
-    """IGDM's own scripts run ARD without the clean forward; with IGDM they have it."""
     counted = counts(name, preset="official")
     assert counted["student"][0] == forwards
     # Nothing is trained through what is forwarded for its statistics only.
