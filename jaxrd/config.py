@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from jaxrd import distillation, models
-from jaxrd.distillation.catalogue import MethodConfig, documented as _field, parse_name
+from jaxrd.distillation.catalogue import MethodConfig, documented, parse_name
 from jaxrd.errors import InputError
 from jaxrd.threat import ThreatModel
 
@@ -30,19 +30,19 @@ BOOKKEEPING = ("data.directory", "training.log_every", "training.checkpoint_ever
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    name: str = _field("jaxrd_digits", "name of a prepared TFDS data set; jaxrd_digits prepares itself")
-    arrays: str = _field("", '"train.npz,test.npz" (keys images, labels) instead of a TFDS data set')
-    directory: str = _field("", "where TFDS data sets lie; empty: TFDS's own default")
-    examples: int | None = _field(None, "train on this many images, equally many of each class, drawn by the seed; None: all")
-    validation_fraction: float = _field(0.1, "part of the training split set aside where a data set has no validation split")
-    shift: int = _field(0, "random pad-and-crop, in pixels (papers: 4 on CIFAR)")
-    flip: bool = _field(False, "random horizontal flips")
+    name: str = documented("jaxrd_digits", "name of a prepared TFDS data set; jaxrd_digits prepares itself")
+    arrays: str = documented("", '"train.npz,test.npz" (keys images, labels) instead of a TFDS data set')
+    directory: str = documented("", "where TFDS data sets lie; empty: TFDS's own default")
+    examples: int | None = documented(None, "train on this many images, as many of each class, drawn by the seed; None: all")
+    validation_fraction: float = documented(0.1, "part of the training split held out where there is no validation split")
+    shift: int = documented(0, "random pad-and-crop, in pixels (papers: 4 on CIFAR)")
+    flip: bool = documented(False, "random horizontal flips")
 
 
 @dataclasses.dataclass(frozen=True)
 class ThreatConfig:
-    norm: str = _field("linf", '"linf" or "l2"')
-    epsilon: float = _field(8 / 255, 'radius in pixel units of [0, 1], a number or a fraction such as "8/255"')
+    norm: str = documented("linf", '"linf" or "l2"')
+    epsilon: float = documented(8 / 255, 'radius in pixel units of [0, 1], a number or a fraction such as "8/255"')
 
     def build(self) -> ThreatModel:
         return ThreatModel(self.norm, self.epsilon)
@@ -50,34 +50,34 @@ class ThreatConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttackConfig:
-    steps: int = _field(10, "gradient steps of the training attack")
-    step_size: float = _field(2 / 255, "length of one, in pixel units; at most 2 epsilon")
-    start: str = _field("", '"uniform", "gaussian" or "none" instead of the method\'s own start; empty: its own')
-    project_start: bool = _field(True, "put the start inside ball and pixel range; published code often does not")
-    batch_statistics: bool = _field(False, "BatchNorm of the student by batch statistics inside the attack")
+    steps: int = documented(10, "gradient steps of the training attack")
+    step_size: float = documented(2 / 255, "length of one, in pixel units; at most 2 epsilon")
+    start: str = documented("", '"uniform", "gaussian" or "none" instead of the method\'s own start; empty: its own')
+    project_start: bool = documented(True, "put the start inside ball and pixel range; published code often does not")
+    batch_statistics: bool = documented(False, "BatchNorm of the student by batch statistics inside the attack")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = _field(0.1, "peak learning rate of SGD")
-    momentum: float = _field(0.9, "momentum")
-    nesterov: bool = _field(False, "Nesterov momentum")
-    weight_decay: float = _field(5e-4, "coupled weight decay, on all parameters")
-    schedule: str = _field("step", '"step" (papers: divided by 10 at the milestones), "cosine" or "onecycle"')
-    milestones: tuple[float, ...] = _field((0.5, 0.75), "fractions of training at which the rate is divided by 10")
-    warmup: float = _field(0.0, "fraction of training with a linear warm-up to the peak; with onecycle its pct_start, above 0")
+    learning_rate: float = documented(0.1, "peak learning rate of SGD")
+    momentum: float = documented(0.9, "momentum")
+    nesterov: bool = documented(False, "Nesterov momentum")
+    weight_decay: float = documented(5e-4, "coupled weight decay, on all parameters")
+    schedule: str = documented("step", '"step" (papers: divided by 10 at the milestones), "cosine" or "onecycle"')
+    milestones: tuple[float, ...] = documented((0.5, 0.75), "fractions of training at which the rate is divided by 10")
+    warmup: float = documented(0.0, "fraction of training with a linear warm-up to the peak; onecycle: pct_start, above 0")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    steps: int | None = _field(None, "length of training in steps; None: as `epochs` says")
-    epochs: float | None = _field(200.0, "length of training in epochs, where `steps` is None")
-    batch_size: int = _field(128, "images per step, over all devices")
-    weight_average: float = _field(0.0, "decay of an exponential moving average of the weights; 0: none")
-    log_every: int = _field(50, "steps between two lines of the log")
-    checkpoint_every: int | None = _field(None, "steps between two validations and checkpoints; None: 10 per run")
-    keep: int = _field(2, "newest checkpoints kept, besides the best one by validation PGD accuracy")
-    writers: str = _field("", '"tensorboard", "wandb" or both, comma-separated, besides metrics.jsonl (each an extra)')
+    steps: int | None = documented(None, "length of training in steps; None: as `epochs` says")
+    epochs: float | None = documented(200.0, "length of training in epochs, where `steps` is None")
+    batch_size: int = documented(128, "images per step, over all devices")
+    weight_average: float = documented(0.0, "decay of an exponential moving average of the weights; 0: none")
+    log_every: int = documented(50, "steps between two lines of the log")
+    checkpoint_every: int | None = documented(None, "steps between two validations and checkpoints; None: 10 per run")
+    keep: int = documented(2, "newest checkpoints kept, besides the best one by validation PGD accuracy")
+    writers: str = documented("", '"tensorboard", "wandb" or both, comma-separated, besides metrics.jsonl (each an extra)')
 
     @property
     def writer_names(self) -> list[str]:
@@ -88,11 +88,11 @@ class TrainingConfig:
 class Config:
     """One run, complete. Built by `Config.from_dict`, which documents what it refuses."""
 
-    seed: int = _field(0, "of everything random in the run")
+    seed: int = documented(0, "of everything random in the run")
     method: MethodConfig = MethodConfig()
-    student: str = _field("resnet18", "model that is trained: resnet18, wrn34_10, resnet6_w8, ...")
-    teacher: str = _field("", "run directory of the teacher; empty: none")
-    dtype: str = _field("float32", 'compute dtype of the student\'s body: "float32" or "bfloat16"')
+    student: str = documented("resnet18", "model that is trained: resnet18, wrn34_10, resnet6_w8, ...")
+    teacher: str = documented("", "run directory of the teacher; empty: none")
+    dtype: str = documented("float32", 'compute dtype of the student\'s body: "float32" or "bfloat16"')
     data: DataConfig = DataConfig()
     threat: ThreatConfig = ThreatConfig()
     attack: AttackConfig = AttackConfig()

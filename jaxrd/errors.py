@@ -1,6 +1,8 @@
 """The one exception type that means "your input", not "our bug", and the checks whose one line several rooms need."""
 
 import difflib
+import math
+import numbers
 from collections.abc import Collection
 
 
@@ -12,8 +14,8 @@ class InputError(ValueError):
 
 
 def need(ok: bool, field: str, value, rule: str) -> None:
-    """Raises InputError unless `ok`: "{field} is {value}; it must be {rule}"."""
-    if not ok:
+    """Raises InputError unless `ok`, or where a number is not finite: "{field} is {value}; it must be {rule}"."""
+    if not ok or isinstance(value, numbers.Real) and not math.isfinite(value):
         raise InputError(f"{field} is {value}; it must be {rule}")
 
 

@@ -18,7 +18,7 @@ from jaxrd.config import (
     AttackConfig, Config, DataConfig, MethodConfig, OptimizerConfig, ThreatConfig, TrainingConfig, config_dict_of,
     override, parse_argument)
 from jaxrd.distillation.catalogue import PRESETS, parse_name
-from jaxrd.errors import InputError, suggest
+from jaxrd.errors import InputError, choose, suggest
 
 # Epochs, and the epochs after which the learning rate is divided by 10.
 Schedule = tuple[int, tuple[int, ...]]
@@ -103,7 +103,8 @@ AWP = {"pgd_at": (0.01, 0.0), "trades": (0.005, 9 / 200)}
 # AdaAD on CIFAR-100; the other methods are taken to do alike. Its PGD steps 2/225 by default, and so in the ARD script, and
 # clips its start. RSLAD, AdaAD and, in its own code, TRADES do neither. (IGDM's TRADES helper does both; no script calls it.)
 IGDM_CODE: dict[str, dict[str, Any]] = {
-    **{base: {"attack.step_size": 2 / 225} for base in ("pgd_at", "ard", "iad", "akd")},
+    **{base: {"attack.step_size": 2 / 225} for base in ("pgd_at", "ard")},
+    **{base: {} for base in ("iad", "akd")},  # no script, and IAD's own code steps 2/255
     **{base: {"attack.project_start": False} for base in ("trades", "adaad", "adaiad")},
     "rslad": {"attack.project_start": False, "schedule": (300, (210, 258, 285))},
 }
@@ -118,6 +119,8 @@ OWN_CODE: dict[str, dict[str, Any]] = {
     "teacher": {"attack.start": "gaussian", "schedule": (110, (100, 105))},
     "adaad": {"attack.project_start": False},
     "adaiad": {"attack.project_start": False},
+    # ZFancy/IAD, whose attack also moves the running statistics with every forward: not reproduced.
+    "iad": {"attack.project_start": False, "attack.batch_statistics": True, "optimizer.weight_decay": 2e-4},
     # yaodongyu/TRADES, train_trades_cifar10.py; csdongxian/AWP, trades_AWP/train_trades_cifar.py.
     "trades": {**_TRADES_BUDGET, "optimizer.weight_decay": 2e-4, "schedule": (76, (74,))},
     "trades+awp": {"attack.project_start": False, "schedule": (200, (99, 149))},
@@ -155,9 +158,7 @@ def published(
       >>> published("cifar100", "ard+igdm", teacher_recipe="bdm").method.igdm
       100.0
     """
-    for kind, value, known in (("data set", data, RECIPES), ("preset", preset, PRESETS)):
-        if value not in known:
-            raise InputError(f'{kind} is "{value}"; {suggest(value, known)}')
+    choose("data set", data, RECIPES)
     recipe = RECIPES[data]
     if teacher_recipe not in (None, *recipe.teachers):
         raise InputError(f'published_teacher is "{teacher_recipe}"; {data}: {suggest(teacher_recipe, recipe.teachers)}')
@@ -166,7 +167,7 @@ def published(
 
     fields = _official(data, name, base, modules, student) if preset == "official" else {}
     epochs, milestones = fields.pop("schedule", None) or METHOD_SCHEDULES.get((base, data), recipe.schedule)
-    options = PRESETS[preset] | _method_options(data, base, modules, student, preset, teacher_recipe)
+    options = method_preset(preset) | _method_options(data, base, modules, student, preset, teacher_recipe)
     config = Config(
         method=MethodConfig("+".join([base, *modules]), **options),
         student=student,
@@ -189,9 +190,19 @@ def from_argument(data: str, argument: str, *, default: str = "rslad+igdm") -> c
     "preset" and "published_teacher" are arguments of `published`, and so is "student"; all else overrides fields.
     """
     name, overrides = parse_argument(argument, default=default)
+    for field in ("method", "method.name"):
+        if field in overrides:  # its alpha, epochs and milestones would be those of another method
+            raise InputError(
+                f'config argument "{argument}": {field} is what the argument begins with: "{overrides[field]},..."')
     config = published(data, name, preset=overrides.pop("preset", "default"), student=overrides.get("student"),
                        teacher_recipe=overrides.pop("published_teacher", None))
     return override(config_dict_of(config), overrides)
+
+
+def method_preset(preset: str) -> dict[str, Any]:
+    """Returns the options of methods in which a preset differs from the default; InputError for an unknown one."""
+    choose("preset", preset, PRESETS)
+    return PRESETS[preset]
 
 
 def needs_teacher(name: str) -> bool:
@@ -208,13 +219,15 @@ def _method_options(
         options["iad_warmup"] = 0.4  # from epoch 80 of 200: later code of IGDM's first author; IAD's own has 60 throughout
     if base == "mart" and "wrn" in student:
         options["mart_beta"] = 6.0
-    if "igdm" in modules:
+    matching = [module for module in ("igdm", "jvp") if module in modules]  # for +jvp, its limit, a starting point
+    if matching and STARTING_POINTS.get(base, base) in ALPHA[data, RECIPES[data].student]:
         rows = ALPHA.get((data, student)) or ALPHA[data, RECIPES[data].student]
         recipes = RECIPES[data].teachers
         teacher_recipe = teacher_recipe or recipes[0]
-        options["igdm"] = float(rows[STARTING_POINTS.get(base, base)][recipes.index(teacher_recipe)])
+        alpha = float(rows[STARTING_POINTS.get(base, base)][recipes.index(teacher_recipe)])
         if preset == "official" and (data, student, base, teacher_recipe) == ("cifar100", "resnet18", "ard", "bdm"):
-            options["igdm"] = 20.0  # cifar100.sh, the only launch file there is; the paper's is 100
+            alpha = 20.0  # cifar100.sh, the only launch file there is; the paper's is 100
+        options |= dict.fromkeys(matching, alpha)
     if "awp" in modules and base in AWP:
         options["awp"], options["awp_warmup"] = AWP[base]
     if preset == "official":
@@ -235,7 +248,7 @@ def _official(data: str, name: str, base: str, modules: list[str], student: str)
         own = OWN_CODE["mart (wide)"]
     else:
         own = OWN_CODE.get("+".join([base, *({"awp"} & {*modules})]), OWN_CODE.get(base))
-    fields = {"optimizer.weight_decay": 2e-4, **IGDM_CODE[base]} if own is None else dict(own)
+    fields = {"optimizer.weight_decay": 2e-4, **IGDM_CODE.get(base, {})} if own is None else dict(own)
     if data in ("svhn", "tiny_imagenet"):
         fields.pop("schedule", None)
     if data == "svhn":  # the data module beside IGDM's code, and later code of its first author

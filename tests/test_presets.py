@@ -1,13 +1,15 @@
 """Published hyper-parameters: the numbers of the papers, what presets change, and that every config file gives valid runs."""
 
+import dataclasses
 import importlib
 
 import pytest
 
 from jaxrd import distillation, presets
 from jaxrd.config import Config
+from jaxrd.distillation import catalogue
 from jaxrd.distillation.catalogue import BASES, PRESETS
-from jaxrd.presets import published
+from jaxrd.presets import from_argument, published
 from tests.support import assert_input_error
 
 DATA = ["cifar10", "cifar100", "svhn", "tiny_imagenet"]
@@ -91,7 +93,7 @@ def test_the_text_is_one_protocol_for_all_methods(data):
 
 @pytest.mark.parametrize("name, weight_decay, step, projected", [
     ("pgd_at", 2e-4, 2 / 225, True), ("ard", 2e-4, 2 / 225, True), ("ard+igdm", 2e-4, 2 / 225, True),
-    ("iad+igdm", 2e-4, 2 / 225, True), ("akd", 2e-4, 2 / 225, True), ("rslad", 2e-4, 2 / 255, False),
+    ("iad+igdm", 2e-4, 2 / 255, True), ("akd", 2e-4, 2 / 255, True), ("iad", 2e-4, 2 / 255, False), ("rslad", 2e-4, 2 / 255, False),
     ("rslad+igdm", 2e-4, 2 / 255, False), ("adaad", 5e-4, 2 / 255, False), ("adaad+igdm", 2e-4, 2 / 255, False),
     ("adaiad", 5e-4, 2 / 255, False), ("adaiad+jvp", 2e-4, 2 / 255, False), ("trades", 2e-4, 0.007, False),
     ("trades+igdm", 2e-4, 2 / 255, False), ("trades+awp", 5e-4, 2 / 255, False), ("mart", 3.5e-3, 0.007, False),
@@ -192,8 +194,7 @@ def test_an_argument_chooses_a_row_and_overrides_fields():
     ("cifar10", "ard+igdm,published_teacher=ltdd", ['published_teacher is "ltdd"', 'did you mean "ltd"?', "ltd, bdm, ikl"]),
     ("svhn", "ard+igdm,published_teacher=bdm", ['published_teacher is "bdm"', "known: pgd_at"]),
     ("cifar100", "ard,student=resnt18", ["config.student", 'did you mean "resnet18"?']),
-    ("tiny_imagenet", "ardd", ['did you mean "ard"?', "teacher"]), ("svhn", "ard,sead=3", ["config.seed?"]),
-    ("digits", "ard,preset=official", ["config.preset: no such field"])])
+    ("tiny_imagenet", "ardd", ['did you mean "ard"?', "teacher"]), ("svhn", "ard,sead=3", ["config.seed?"])])
 def test_a_bad_argument_is_answered_in_one_line(file, argument, words):
     assert_input_error(lambda: FILES[file].get_config(argument), *words)
 
@@ -201,3 +202,32 @@ def test_a_bad_argument_is_answered_in_one_line(file, argument, words):
 def test_an_unknown_data_set_or_method_is_answered_in_one_line():
     assert_input_error(lambda: published("cifar1O", "ard"), 'data set is "cifar1O"', 'did you mean "cifar10"?')
     assert_input_error(lambda: published("cifar10", "ardd"), 'did you mean "ard"?')
+
+
+def test_a_registered_method_takes_what_is_published_for_all(monkeypatch):
+    monkeypatch.setattr(catalogue, "BASES", dict(BASES))
+
+    @distillation.register
+    def gentle():
+        return dataclasses.replace(BASES["ard"](), attack=distillation.trades_attack())
+
+    for preset in PRESETS:
+        config = published("cifar10", "gentle+igdm", preset=preset)
+        assert config.method.igdm is None and config.training.epochs == 200
+        assert published("svhn", "gentle", preset=preset).training.epochs == 50
+
+
+def test_exact_matching_starts_from_the_alpha_of_its_approximation():
+    assert published("cifar100", "ard+jvp").method.jvp == published("cifar100", "ard+igdm").method.igdm == 50
+    assert published("cifar100", "ard+direct").method.direct is None
+
+
+@pytest.mark.parametrize("field", ["method", "method.name"])
+def test_the_method_is_named_once(field):
+    assert_input_error(lambda: from_argument("cifar10", f"ard,{field}=rslad+igdm"), field, '"rslad+igdm,..."')
+
+
+def test_digits_take_the_method_options_of_a_preset():
+    values = FILES["digits"].get_config("ard,preset=paper")
+    assert (values.method.ard_temperature, values.method.rslad_scale) == (30.0, 1.0)
+    assert_input_error(lambda: FILES["digits"].get_config("ard,preset=offical"), "preset", 'did you mean "official"?')

@@ -9,8 +9,10 @@ sources leave a choice open, each alternative is an option.
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrd import objectives
+from jaxrd.errors import InputError
 
 Array = jax.Array
 
@@ -166,7 +168,12 @@ def draw_anchors(key: Array, labels: Array) -> Array:
 
     Returns:
       [batch] int, labels[anchors] != labels.
+
+    Raises:
+      InputError: one class only. Under jit there are no labels to read: the caller must have.
     """
+    if not isinstance(labels, jax.core.Tracer) and np.all(np.asarray(labels) == np.asarray(labels)[0]):
+        raise InputError(f"all {labels.shape[0]} labels are {labels[0]}; negatives need a batch of two classes at least")
     other = labels[:, None] != labels[None, :]
     alike = jnp.sum(~other, axis=1)  # images of each one's class
     return jax.random.categorical(key, jnp.where(other, -jnp.log(alike)[None, :], -jnp.inf), axis=1)

@@ -70,7 +70,8 @@ class Method:
       weight_perturbation: take the loss at adversarially perturbed weights; None: at the weights themselves.
 
     Raises:
-      InputError: a term that reads a view which is not declared, or two terms or views of one name.
+      InputError: a term that reads a view which is not declared, two terms or views of one name, or a term with the name of
+        another metric.
     """
 
     name: str
@@ -86,6 +87,10 @@ class Method:
             for name, count in collections.Counter(item.name for item in items).items():
                 if count > 1:
                     raise InputError(f'method "{self.name}" has {count} {kind} named "{name}"; give each a name of its own')
+        for item in (*self.terms, *self.monitors):
+            if item.name in ("loss", "gradient_norm") or item.name.startswith(("accuracy/", "teacher_accuracy/", "weight/")):
+                raise InputError(
+                    f'term "{item.name}" of method "{self.name}" has the name of another metric; call it otherwise')
         known = {view.name for view in self.views}
         for term in self.terms:
             for name in (*term.student, *term.teacher):
@@ -119,6 +124,11 @@ class Method:
         return bool(self.teacher_views) or self.attack.teacher
 
     @property
+    def needs_teacher_gradient(self) -> bool:
+        """Whether the teacher is differentiated with respect to its images, by the attack or by a view's readout."""
+        return self.attack.teacher_gradient or any(view.readout is not None for view in self.teacher_views)
+
+    @property
     def batch_norm_sets(self) -> int:
         """How many sets of BatchNorm the student must have."""
         return 1 + max((view.batch_norm_set for view in self.student_views), default=0)
@@ -135,10 +145,34 @@ class Method:
         Returns:
           ([batch], {term name: [batch]}).
         """
-        terms = {term.name: term.loss(student, teacher, labels) for term in self.terms}
+        terms = {
+            term.name: term.loss(
+                _Views(term.name, "student", {name: student[name] for name in term.student}),
+                _Views(term.name, "teacher", {name: teacher[name] for name in term.teacher}), labels)
+            for term in self.terms}
         weights = self.weights(progress)
         return sum(weights[name] * terms[name] for name in terms), terms
 
     def weights(self, progress: Array) -> dict[str, Array]:
         """Returns weight * ramp(progress) of every term, by name."""
         return {term.name: term.weight * term.ramp(progress) for term in self.terms}
+
+    def monitored(self, student: Logits, teacher: Logits, labels: Array) -> dict[str, Array]:
+        """Returns the value of every monitor, by name: arguments as for `loss`."""
+        return {
+            monitor.name: monitor.value(
+                _Views(monitor.name, "student", student), _Views(monitor.name, "teacher", teacher), labels)
+            for monitor in self.monitors}
+
+
+class _Views(dict):
+    """The logits that a term may read; one that it did not ask for is answered with how to ask."""
+
+    def __init__(self, term: str, network: str, logits: Logits):
+        super().__init__(logits)
+        self._term, self._network = term, network
+
+    def __missing__(self, view):
+        raise InputError(
+            f'"{self._term}" reads the {self._network}\'s logits of view "{view}", which are not among those it has '
+            f'({", ".join(self) or "none"}); name it in {self._network}=("{view}", ...) of a term')

@@ -144,8 +144,8 @@ def path_attack(
       inner_loss: what the untargeted path climbs: "cross_entropy", "teacher_clean" (RSLAD's) or "teacher_moving" (AdaAD's).
       points: how many points of each path.
       targeted: generate the targeted path too.
-      targeted_start: see `adversarial_path.draw_targets`.
-      target_class: likewise.
+      targeted_start: "negative_image", the target being the class of an anchor in the batch, or "anchor_image", any other.
+      target_class: "uniform", or the best other class by the "teacher" or the "student", or the "least_likely".
       teacher_on_clean: whether T(x) is needed to choose targets, besides what `inner_loss` needs.
     """
     objective = {

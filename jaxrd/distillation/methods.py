@@ -1,6 +1,6 @@
 """The methods: each is an attack and a few terms. Their formulas are pure functions elsewhere; here they are put together.
 
-    base:    pgd_at, trades, mart (without a teacher); ard, iad, akd, rslad, adaad, adaiad; dgad; path
+    base:    pgd_at, trades, mart (without a teacher); ard, iad, akd, rslad, adaad, adaiad; dgad; path (in `path_method`)
     module:  in `modules`, on top of any of them
 
 S and T are student and teacher, x the clean image, x' the adversarial one, y the label, and KL(a || b) the divergence of the
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxrd import objectives
-from jaxrd.distillation import adversarial_path, dynamic_guidance, introspection
+from jaxrd.distillation import dynamic_guidance, introspection
 from jaxrd.distillation.composition import Method, Monitor, Term
 from jaxrd.distillation.inner_maximisation import (
-    cross_entropy_attack, path_attack, teacher_fixed_attack, teacher_moving_attack, trades_attack)
-from jaxrd.distillation.terms import REDUCTIONS, cross_entropy, distillation, hard_labels, self_distillation
-from jaxrd.distillation.views import ADVERSARIAL, CLEAN, View, generated
-from jaxrd.errors import InputError, choose, need
+    cross_entropy_attack, teacher_fixed_attack, teacher_moving_attack, trades_attack)
+from jaxrd.distillation.terms import REDUCTIONS, cross_entropy, distillation, self_distillation, weighted
+from jaxrd.distillation.views import ADVERSARIAL, CLEAN
+from jaxrd.errors import choose, need
 
 Array = jax.Array
 
@@ -42,7 +42,7 @@ def trades(beta: float = 6.0, detach: bool = False) -> Method:
       detach: no gradient into S(x) as its target; it flows in the published code.
     """
     need(beta >= 0, "method.trades_beta", beta, "0 or above")
-    return Method("trades", trades_attack(), (CLEAN, ADVERSARIAL), (
+    return Method("trades", trades_attack(), (CLEAN, ADVERSARIAL), weighted(
         cross_entropy("clean"), Term("self_distillation", self_distillation(detach), ("clean", "adversarial"), weight=beta)))
 
 
@@ -56,15 +56,15 @@ def mart(beta: float = 5.0) -> Method:
     """
     need(beta >= 0, "method.mart_beta", beta, "0 or above")
 
-    def weighted(student, teacher, labels):
+    def doubtful(student, teacher, labels):
         doubt = 1 - jnp.exp(-objectives.cross_entropy(student["clean"], labels))
         return doubt * objectives.kl_divergence(student["clean"], student["adversarial"])
 
-    return Method("mart", cross_entropy_attack("gaussian"), (CLEAN, ADVERSARIAL), (
+    return Method("mart", cross_entropy_attack("gaussian"), (CLEAN, ADVERSARIAL), weighted(
         Term("boosted_cross_entropy",
              lambda student, teacher, labels: objectives.boosted_cross_entropy(student["adversarial"], labels),
              student=("adversarial",)),
-        Term("self_distillation", weighted, student=("clean", "adversarial"), weight=beta)))
+        Term("self_distillation", doubtful, student=("clean", "adversarial"), weight=beta)))
 
 
 # With a teacher whose output on the clean image is the target, or part of it.
@@ -83,8 +83,9 @@ def ard(temperature: float = 1.0, alpha: float = 1.0, reduction: str = "batchmea
     need(temperature > 0, "method.ard_temperature", temperature, "above 0")
     need(0 <= alpha <= 1, "method.ard_alpha", alpha, "in [0, 1]")
     choose("method.ard_reduction", reduction, REDUCTIONS)
-    terms = (distillation("clean", "adversarial", weight=alpha, temperature=temperature, reduction=reduction),)
-    return Method("ard", cross_entropy_attack(), (ADVERSARIAL, CLEAN), (*terms, *hard_labels(1 - alpha)))
+    return Method("ard", cross_entropy_attack(), (ADVERSARIAL, CLEAN), weighted(
+        distillation("clean", "adversarial", weight=alpha, temperature=temperature, reduction=reduction),
+        cross_entropy("clean", 1 - alpha)))
 
 
 def iad(
@@ -117,8 +118,8 @@ def akd(weight: float = 0.5, target: str = "adversarial") -> Method:
     """
     need(0 <= weight <= 1, "method.akd_weight", weight, "in [0, 1]")
     choose("method.akd_target", target, ("adversarial", "clean"))
-    terms = (distillation(target, "adversarial", weight=weight), *hard_labels(1 - weight, "adversarial"))
-    return Method("akd", cross_entropy_attack(), (ADVERSARIAL, CLEAN), terms)
+    return Method("akd", cross_entropy_attack(), (ADVERSARIAL, CLEAN), weighted(
+        distillation(target, "adversarial", weight=weight), cross_entropy("adversarial", 1 - weight)))
 
 
 def rslad(scale: float = 0.1) -> Method:
@@ -149,10 +150,9 @@ def adaad(weight: float = 1.0, reduction: str = "batchmean") -> Method:
     """
     need(0 <= weight <= 1, "method.adaad_weight", weight, "in [0, 1]")
     choose("method.adaad_reduction", reduction, REDUCTIONS)
-    terms = [distillation("adversarial", "adversarial", name="distillation_adversarial", weight=weight, reduction=reduction)]
-    if weight < 1:
-        terms.append(distillation("clean", "clean", name="distillation_clean", weight=1 - weight, reduction=reduction))
-    return Method("adaad", teacher_moving_attack(), (CLEAN, ADVERSARIAL), tuple(terms))
+    return Method("adaad", teacher_moving_attack(), (CLEAN, ADVERSARIAL), weighted(
+        distillation("adversarial", "adversarial", name="distillation_adversarial", weight=weight, reduction=reduction),
+        distillation("clean", "clean", name="distillation_clean", weight=1 - weight, reduction=reduction)))
 
 
 def adaiad(
@@ -179,7 +179,7 @@ def dgad(
       beta: weight of predictive consistency, 0 or above.
       consistency: "mse" of the probabilities, as published code, or their "l2" distance, as the paper writes.
       correction: "swap" (ELS); controls: "smooth", "mix" (see `dynamic_guidance`), "none".
-      attack: "adaad", or "rslad": its attack, and T(x) as the target of x'.
+      attack: "adaad", or "rslad": its attack, and T(x) as the target of x' (`method.attack` changes the attack alone).
       scale: of the distillation part (0.5 in the published code for MobileNetV2), above 0.
       product: reproduce that code's misplaced parenthesis for MobileNetV2, which multiplies the two parts:
         scale * (L_ST + share of x') * L_AT, with L_ST the sum of the clean part over the batch size, and L_AT the mean over
@@ -223,154 +223,7 @@ def dgad(
         monitors.append(Monitor("swapped/adversarial", lambda student, teacher, labels: (
             dynamic_guidance.misclassified(teacher["adversarial"], labels) & ~wrong(teacher, labels))))
     base = teacher_moving_attack() if attack == "adaad" else teacher_fixed_attack()
-    return Method("dgad", base, (CLEAN, ADVERSARIAL), (*terms, consistency_term), tuple(monitors))
-
-
-# Along the path.
-
-
-def path(
-    alpha: float = 1.0,
-    gamma: float = 1.0,
-    points: int = 10,
-    weights: str = "drop",
-    weight_model: str = "student",
-    normalisation: str = "per_sample",
-    floor: float = 0.0,
-    scale: float = 1.0,
-    inner_loss: str = "cross_entropy",
-    targeted_start: str = "negative_image",
-    target_class: str = "uniform",
-    align_target: str = "teacher_clean",
-    align_distance: str = "kl",
-    dual_batch_norm: bool = True,
-    batching: str = "joint",
-    statistics: bool = False,
-    natural: str = "anchor",
-    hinge: float = 0.0,
-) -> Method:
-    """Distillation along an untargeted and a targeted adversarial path (Dong et al., CVPR 2024).
-
-    alpha (L_u + gamma L_d) + (1 - alpha) KL(T(x) || S(x)), where L_u is the weighted sum over t of D(T(x) || S(x_t)) along
-    the ascent path of x away from its class, and L_d the same along the descent path of x, as the negative image of an anchor
-    of another class, towards the anchor's class, with the student's second BatchNorm set.
-
-    **A reconstruction**, from the abstract and later work of the same group: neither the paper's equations nor its code were
-    available. Where the sources leave a choice open, the first value named below is the default.
-
-    Args:
-      alpha: weight of the paths against the clean distillation, in (0, 1].
-      gamma: weight of the targeted path, 0 or above; 0 leaves it out.
-      points: how many points of each path, evenly spaced, the last included; at most the attack's steps.
-      weights: "drop", "uniform", "linear", "last_only", "boundary", "gap": see `adversarial_path.path_weights`.
-      weight_model: whose predictions "drop" and "boundary" look at: "student" or "teacher".
-      normalisation: "per_sample", "batch" or "none": see `adversarial_path.weighted_path_loss`.
-      floor: the least weight, in [0, 1].
-      scale: of "boundary" and "gap", above 0.
-      inner_loss: what the untargeted path climbs: "cross_entropy", "teacher_clean" (KL to T(x)) or "teacher_moving" (KL to
-        T(x'), AdaAD's). The targeted path descends the cross-entropy of its target class, or, with "teacher_clean" and
-        negative images, the KL to T(anchor).
-      targeted_start: "negative_image" (the target is the class of an anchor in the batch), "anchor_image" (any other class)
-        or "anchor_runner_up" (the class that the student finds second best).
-      target_class: "uniform", or the best other class by the "teacher" or the "student", or the "least_likely" by the teacher.
-      align_target: "teacher_clean" for T(x), "teacher_at_point" for T(x_t).
-      align_distance: "kl", "squared_error" of the probabilities, "js", "l2".
-      dual_batch_norm: a BatchNorm set for each branch; set 0, of the untargeted one, is used at test.
-      batching: "joint" forwards the intermediate points of a branch as one batch with common statistics, "separate" one by
-        one. Clean images and last points are always forwarded by themselves.
-      statistics: intermediate points move the running statistics, as clean images and last points do.
-      natural: what 1 - alpha weighs: KL(T(x) || S(x)) for the "anchor", in set 0, or for "both" branches' starts.
-      hinge: count an alignment only above that of (1 - hinge, hinge/(C-1), ...) with the one-hot label; 0: always.
-    """
-    need(0 < alpha <= 1, "method.path_alpha", alpha, "in (0, 1]")
-    need(gamma >= 0, "method.path_gamma", gamma, "0 or above")
-    need(points >= 1, "method.path_points", points, "1 or above")
-    need(0 <= floor <= 1, "method.path_floor", floor, "in [0, 1]")
-    need(scale > 0, "method.path_scale", scale, "above 0")
-    need(0 <= hinge < 1, "method.path_hinge", hinge, "in [0, 1)")
-    for field, value, known in (
-            ("weights", weights, adversarial_path.SCHEMES), ("weight_model", weight_model, ("student", "teacher")),
-            ("normalisation", normalisation, adversarial_path.NORMALISATIONS),
-            ("inner_loss", inner_loss, ("cross_entropy", "teacher_clean", "teacher_moving")),
-            ("targeted_start", targeted_start, ("negative_image", "anchor_image", "anchor_runner_up")),
-            ("target_class", target_class, ("uniform", "teacher", "student", "least_likely")),
-            ("align_target", align_target, ("teacher_clean", "teacher_at_point")),
-            ("align_distance", align_distance, adversarial_path.ALIGNMENTS), ("batching", batching, ("joint", "separate")),
-            ("natural", natural, ("anchor", "both"))):
-        choose(f"method.path_{field}", value, known)
-    looks = weights in ("drop", "boundary")
-    for wrong, message in (
-            (weight_model == "teacher" and not looks,
-             f'path_weights "{weights}" do not look at one model\'s predictions; leave path_weight_model at "student"'),
-            (floor > 0 and weights == "last_only", 'path_weights "last_only" with path_floor above 0 is "uniform" in disguise; '
-             'leave path_floor at 0, or choose path_weights=uniform'),
-            (targeted_start == "anchor_runner_up" and target_class != "uniform",
-             f'path_targeted_start "anchor_runner_up" chooses the class itself; leave path_target_class at "uniform", not '
-             f'"{target_class}"'),
-            (gamma == 0 and targeted_start != "negative_image",
-             f'path_gamma is 0, so there is no targeted path to start at "{targeted_start}"; raise it'),
-            (gamma == 0 and target_class != "uniform",
-             f'path_gamma is 0, so there is no target class for "{target_class}" to choose; raise it'),
-            (natural == "both" and (gamma == 0 or alpha == 1),
-             'path_natural "both" weighs 1 - path_alpha in each branch; it needs path_alpha below 1 and path_gamma above 0')):
-        if wrong:
-            raise InputError(f"method.{message}")
-
-    runner_up = targeted_start == "anchor_runner_up"
-    chosen_by = "student" if runner_up else target_class
-    attack = path_attack(
-        inner_loss=inner_loss, points=points, targeted=gamma > 0,
-        targeted_start="anchor_image" if runner_up else targeted_start, target_class=chosen_by,
-        teacher_on_clean=gamma > 0 and chosen_by in ("teacher", "least_likely"))
-    second = int(dual_batch_norm)
-
-    def branch(names, start, batch_norm_set):
-        together = f"{names[-1]}/joint" if batching == "joint" else None
-        between = [generated(name, updates_statistics=statistics, together=together, batch_norm_set=batch_norm_set)
-                   for name in names[:-1]]
-        return (start, *between, generated(names[-1], batch_norm_set=batch_norm_set))
-
-    def aligned(names, start):
-        """The weighted alignment along one branch."""
-        if weights == "last_only":
-            names = names[-1:]  # the others' weight is 0: they are not forwarded
-        at_point = align_target == "teacher_at_point"
-        starts_student = looks and weight_model == "student"
-        teacher_views = (["clean"] if not at_point or looks and weight_model == "teacher" else []) + (
-            [*names] if at_point or looks and weight_model == "teacher" else [])
-        distance = adversarial_path.ALIGNMENTS[align_distance]
-
-        def loss(student, teacher, labels):
-            logits = jnp.stack([student[name] for name in names])
-            target = jnp.stack([teacher[name if at_point else "clean"] for name in names])
-            if looks and weight_model == "teacher":
-                weigh_start, weigh = teacher["clean"], jnp.stack([teacher[name] for name in names])
-            else:
-                weigh_start, weigh = student[start] if starts_student else logits[0], logits
-            weight = adversarial_path.path_weights(
-                weigh_start, weigh, labels, weights, teacher_logits=target, scale=scale, floor=floor)
-            result = adversarial_path.weighted_path_loss(weight, jax.vmap(distance)(target, logits), normalisation, points)
-            if hinge:
-                result = adversarial_path.hinge(
-                    result, adversarial_path.hinge_bound(hinge, logits.shape[-1], align_distance))
-            return result
-
-        return {"loss": loss, "student": (*([start] if starts_student else []), *names), "teacher": tuple(teacher_views)}
-
-    untargeted = (*(f"path/{number}" for number in range(1, points)), "adversarial")
-    views = branch(untargeted, CLEAN, 0)
-    terms = [Term("path_untargeted", weight=alpha, **aligned(untargeted, "clean"))]
-    if gamma > 0:
-        targeted = tuple(f"targeted/{number}" for number in range(1, points + 1))
-        # With one set the start of the targeted path is the clean view itself.
-        start = View("clean/targeted", CLEAN.points, batch_norm_set=1) if dual_batch_norm else CLEAN
-        views += branch(targeted, start, second)[0 if dual_batch_norm else 1:]
-        terms.append(Term("path_targeted", weight=alpha * gamma, **aligned(targeted, start.name)))
-    if alpha < 1:
-        terms.append(distillation("clean", "clean", name="distillation_clean", weight=1 - alpha))
-        if natural == "both":
-            terms.append(distillation("clean", start.name, name="distillation_clean_targeted", weight=1 - alpha))
-    return Method("path", attack, views, tuple(terms))
+    return Method("dgad", base, (CLEAN, ADVERSARIAL), weighted(*terms, consistency_term), tuple(monitors))
 
 
 def _introspective(name, attack, target, temperature, alpha, beta, warmup, weighting) -> Method:
@@ -396,4 +249,4 @@ def _introspective(name, attack, target, temperature, alpha, beta, warmup, weigh
     reliable = Monitor("reliability", lambda student, teacher, labels: introspection.reliability(
         teacher["adversarial"], labels, beta))
     return Method(
-        name, attack, (ADVERSARIAL, CLEAN), (from_teacher, own, *hard_labels(1 - alpha)), (reliable,))
+        name, attack, (ADVERSARIAL, CLEAN), weighted(from_teacher, own, cross_entropy("clean", 1 - alpha)), (reliable,))

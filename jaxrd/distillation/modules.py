@@ -60,7 +60,9 @@ def with_igdm(
         choose(f"method.{field}", value, known)
     for field, value in (("igdm_beta", beta), ("igdm_gamma", gamma)):
         need(math.isfinite(value) and value >= 0, f"method.{field}", value, "0 or above")
-    gamma = 0.0 if control == "trades" else gamma
+    if control == "trades":
+        need(beta > 0, "method.igdm_beta", beta, 'above 0 with igdm_control "trades", which compares x + beta d with x')
+        gamma = 0.0
     if beta == gamma == 0:
         raise InputError("method.igdm_beta and method.igdm_gamma are both 0: the difference is of one point; raise one")
     attack, along, views = base.attack, "adversarial", {view.name: view for view in base.views}
@@ -118,6 +120,9 @@ def with_direct(
 ) -> Method:
     """Adds direct gradient matching, by double backprop: + weight * ramp * `gradient_matching` (Lee et al. 2025, eq. 11).
 
+    The student's gradient is taken in train mode, through its batch statistics, by which each image depends a little on the
+    others.
+
     Args:
       base: any method.
       weight: the paper sweeps 1 to 10,000, to no gain.
@@ -143,7 +148,8 @@ def with_direct(
 def with_awp(base: Method, gamma: float, *, warmup: float = 0.0) -> Method:
     """Takes the loss of any method at adversarially perturbed weights (AWP, Wu et al. 2020): see `WeightPerturbation`.
 
-    The perturbation climbs the method's whole loss, and its forwards leave the running statistics alone. Weight decay acts on
+    The perturbation climbs the method's whole loss; it is computed in the warm-up too, where it is not used. Its forwards
+    leave the running statistics alone. Weight decay acts on
     the weights themselves, where the published code lets it act on the perturbed ones.
 
     Args:

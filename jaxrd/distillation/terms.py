@@ -8,16 +8,16 @@ from jaxrd.distillation.composition import Loss, Term
 REDUCTIONS = ("batchmean", "mean")
 
 
+def weighted(*terms: Term) -> tuple[Term, ...]:
+    """Returns the terms whose weight is not 0: what the others read need not be forwarded."""
+    return tuple(term for term in terms if term.weight != 0)
+
+
 def cross_entropy(view: str, weight: float = 1.0) -> Term:
     """weight * CE(S(view), y)."""
     return Term(
         "cross_entropy", lambda student, teacher, labels: objectives.cross_entropy(student[view], labels), student=(view,),
         weight=weight)
-
-
-def hard_labels(weight: float, view: str = "clean") -> tuple[Term, ...]:
-    """The cross-entropy term of a mixture, or nothing where its weight is 0: the view need not be forwarded then."""
-    return (cross_entropy(view, weight),) if weight > 0 else ()
 
 
 def distillation(

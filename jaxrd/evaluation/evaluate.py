@@ -14,9 +14,11 @@ from jaxrd.data.source import Source
 from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
 from jaxrd.evaluation.plots import is_number
+from jaxrd.models.batch_norm_sets import select_set
 from jaxrd.training import checkpoint, parallel
-from jaxrd.training.loop import check_teacher, open_data
+from jaxrd.training.checks import check_teacher
 from jaxrd.training.log import read_metrics, write_json
+from jaxrd.training.loop import open_data
 
 _CURVE_ATTACK = _GALLERY_ATTACK = "pgd20"
 _GALLERY_IMAGES = 10
@@ -98,7 +100,8 @@ def evaluate(
         "jaxrd": jaxrd.__version__,
         "run": {
             "workdir": str(workdir), "method": config.build_method().name, "student": config.student,
-            "parameters": models.parameter_count(variables), "teacher": config.teacher, "seed": config.seed,
+            "parameters": models.parameter_count(select_set(variables, 0, model.batch_norm_sets)),
+            "teacher": config.teacher, "seed": config.seed,
             "step": origin["step"], "checkpoint": str(step), "weights": origin["weights"], "dtype": "float32"},
         "data": {"name": source.name.split("/")[0], "split": split, "examples": len(source),
                  "train_examples": len(train_source)},

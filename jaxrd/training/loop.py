@@ -8,8 +8,6 @@ state.
 
 import contextlib
 import dataclasses
-import json
-import os
 import pathlib
 import platform
 import signal
@@ -23,12 +21,13 @@ import numpy as np
 
 import jaxrd
 from jaxrd import data, models
-from jaxrd.config import Config, difference
+from jaxrd.config import Config
 from jaxrd.data.source import DataSet
 from jaxrd.distillation import InnerMaximisation
 from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
 from jaxrd.training import checkpoint, parallel, schedule, state as states
+from jaxrd.training.checks import check_batch, check_claim, check_teacher, check_teacher_gradient, claim
 from jaxrd.training.log import Log, write_json
 from jaxrd.training.step import Recipe, make_train_step
 
@@ -181,8 +180,8 @@ def build_recipe(
             with _naming("config.teacher"):
                 teacher, variables, _ = checkpoint.restore_model(config.teacher, teacher_step)
         check_teacher(config.teacher, teacher, student)
-        if method.attack.teacher_gradient:
-            check_teacher_gradient(config.teacher, teacher, variables, dataset.train.images[:PROBE], method.name)
+        if method.needs_teacher_gradient:
+            check_teacher_gradient(config.teacher, teacher, variables, dataset.train.images[:PROBE], method)
         variables = jax.device_put(variables, parallel.replicated(mesh))
     steps = config.steps(train_examples)
     return Recipe(
@@ -224,43 +223,6 @@ def _teacher_step(config: Config, workdir: pathlib.Path) -> int | None:
     return began_with
 
 
-def check_teacher(name: str, teacher: models.Model, student: models.Model) -> None:
-    """Raises InputError where teacher and student do not speak of the same classes or images."""
-    if teacher.classes != student.classes:
-        raise InputError(
-            f"config.teacher {name} has {teacher.classes} classes, the student and its data {student.classes}; "
-            "use a teacher trained on the same classes")
-    if teacher.image_shape != student.image_shape:
-        raise InputError(
-            f"config.teacher {name} takes images {teacher.image_shape}, the data has {student.image_shape}; "
-            "use a teacher trained on the same images")
-
-
-def check_teacher_gradient(name: str, teacher: models.Model, variables: dict, images: np.ndarray, method: str) -> None:
-    """Raises InputError where the teacher's logits have no input gradient for an attack to climb.
-
-    Noticed by a vector-Jacobian product, with a fixed random direction, on the first training images: it is 0 for each of
-    them where the teacher rounds, thresholds or stops the gradient of its input, or has died.
-    """
-    logits, vjp = jax.vjp(lambda points: teacher.apply(variables, points, False)[0], data.augment.to_float(images))
-    (gradients,) = vjp(jax.random.normal(jax.random.key(0), logits.shape))
-    largest = float(np.max(np.abs(np.asarray(gradients))))
-    if not (largest > 0 and np.isfinite(largest)):
-        raise InputError(
-            f"config.teacher {name}: the gradient of its logits with respect to {len(images)} training images is "
-            f"{largest:g} everywhere, and {method} attacks through its teacher; use a teacher that is differentiable in its "
-            "images, or an attack that leaves it alone: --config.method.attack=rslad")
-
-
-def check_batch(method, labels: np.ndarray, step: int) -> None:
-    """Raises InputError where a method takes negatives of another class from a batch that holds one class only."""
-    if method.attack.two_classes and np.all(labels == labels[0]):
-        raise InputError(
-            f"all {len(labels)} images in the batch of step {step} are of class {labels[0]}, and {method.name} takes negative "
-            "images of another class from it; raise config.training.batch_size, train on two classes or more, or set "
-            "--config.method.path_targeted_start=anchor_image")
-
-
 def validate(model, variables, source, threat, mesh, *, teacher=None, teacher_variables=None) -> dict[str, float]:
     """Returns the clean and PGD-10 accuracy on the validation split, the one that chooses the best checkpoint.
 
@@ -282,40 +244,6 @@ def validate(model, variables, source, threat, mesh, *, teacher=None, teacher_va
         metrics["gradient_cosine"] = robustness.gradient_alignment(
             model, variables, teacher, teacher_variables, probe, mesh=mesh)["gradient_cosine"]
     return {f"validation/{name}": value for name, value in metrics.items()}
-
-
-def check_claim(workdir: pathlib.Path, config: Config) -> None:
-    """Raises InputError where the directory belongs to another configuration, or cannot be one."""
-    path = workdir / "config.json"
-    nearest = next(parent for parent in (workdir, *workdir.absolute().parents) if parent.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        reason = "is not writable" if nearest.is_dir() else "is a file"
-        raise InputError(f"--workdir={workdir}: {nearest} {reason}; choose another --workdir")
-    if not path.exists():
-        if checkpoint.has_checkpoints(workdir):
-            raise InputError(f"{workdir} holds checkpoints but no config.json; choose another --workdir")
-        return
-    try:
-        # By way of `Config`, so that a field that is younger than the run counts as its default.
-        old = Config.from_dict(json.loads(path.read_text())).to_dict()
-    except (OSError, ValueError):
-        raise InputError(f"{path} is damaged; delete {workdir} or choose another --workdir") from None
-    if found := difference(old, config.to_dict()):
-        field, before, now = found
-        raise InputError(
-            f"{workdir} holds a run with config.{field} = {before!r}, not {now!r}; choose another --workdir, "
-            "or delete that one")
-
-
-def claim(workdir: pathlib.Path, config: Config) -> None:
-    """Makes the directory this configuration's: writes config.json, after `check_claim`."""
-    check_claim(workdir, config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            write_json(workdir / "config.json", config.to_dict())
-    except OSError as error:
-        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another --workdir") from None
 
 
 def environment() -> dict[str, Any]:

@@ -149,7 +149,7 @@ def gradients_of(recipe, state, views, teacher, labels) -> tuple[dict, dict, dic
             batch_stats = moved if first.updates_statistics else batch_stats
         loss, terms = method.loss(student, teacher, labels, progress)
         metrics = {"loss": loss, **terms}
-        metrics |= {monitor.name: monitor.value(student, teacher, labels) for monitor in method.monitors}
+        metrics |= method.monitored(student, teacher, labels)
         metrics |= {f"weight/{name}": weight for name, weight in method.weights(progress).items()}
         logits = {view.name for view in method.views if view.readout is None}
         for name, outputs in (("accuracy", student), ("teacher_accuracy", teacher)):

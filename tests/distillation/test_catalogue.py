@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import jax.numpy as jnp
 import pytest
 
 from jaxrd import distillation
@@ -76,6 +77,12 @@ def test_an_attack_of_another_method():
     ("ard+igdm", {"igdm_direction": "up"}, ["method.igdm_direction", "attack, random"]),
     ("ard+igdm", {"igdm_control": "one"}, ["method.igdm_control", "zero"]),
     ("ard+igdm", {"igdm_beta": -1.0}, ["method.igdm_beta", "0 or above"]),
+    ("ard+igdm", {"igdm_beta": 0.0, "igdm_control": "trades"}, ["method.igdm_beta", "trades"]),
+    ("ard", {"igdm": "10"}, ["method.igdm is '10'", "a number or None"]),
+    ("path", {"path_points": 2.5}, ["method.path_points is 2.5", "whole number"]),
+    ("trades", {"trades_detach": 1}, ["method.trades_detach is 1", "True or False"]),
+    ("trades", {"trades_beta": float("inf")}, ["method.trades_beta is inf"]),
+    ("ard", {"ard_temperature": float("nan")}, ["method.ard_temperature is nan"]),
     ("ard+igdm", {"igdm_beta": 0.0, "igdm_gamma": 0.0}, ["method.igdm_beta", "method.igdm_gamma", "raise one"]),
     ("ard+direct", {"direct_scalar": "loss"}, ["method.direct_scalar", "probability"]),
     ("ard+direct", {"direct_at": "mirrored"}, ["method.direct_at", "clean"]),
@@ -95,6 +102,8 @@ def test_an_attack_of_another_method():
      ["method.path_targeted_start", "path_target_class"]),
     ("path", {"path_gamma": 0.0, "path_targeted_start": "anchor_image"}, ["method.path_gamma is 0", "raise it"]),
     ("path", {"path_gamma": 0.0, "path_target_class": "teacher"}, ["method.path_gamma is 0", "raise it"]),
+    ("path", {"path_scale": 2.0}, ["method.path_scale", '"drop"']),
+    ("path", {"path_floor": 1.0}, ["method.path_floor", "path_weights=uniform"]),
     ("path", {"path_natural": "both"}, ["method.path_natural", "path_alpha below 1"]),
 ])
 def test_nonsense_is_one_line(name, options, words):
@@ -120,3 +129,36 @@ def test_a_registered_method_takes_the_modules_and_no_name_of_ours(monkeypatch):
 
     assert_input_error(lambda: distillation.register(ard), '"ard"', "under another")
     assert_input_error(lambda: distillation.register(lambda: methods.ard()), "lambda", "def")
+    for taken in ("teacher", "igdm"):
+        ard.__name__ = taken
+        assert_input_error(lambda: distillation.register(ard), f'"{taken}"', "under another")
+
+
+@pytest.mark.parametrize("name, options", [
+    ("ard", {"ard_alpha": 0.0}), ("akd", {"akd_weight": 0.0}), ("trades", {"trades_beta": 0.0}), ("mart", {"mart_beta": 0.0})])
+def test_a_term_of_weight_0_is_left_out(name, options):
+    built = method(name, **options)
+    assert not built.needs_teacher and len(built.terms) == len(built.student_views) == 1
+
+
+def test_a_term_may_not_take_the_name_of_another_metric():
+    for name in ("loss", "gradient_norm", "accuracy/clean", "weight/igdm"):
+        term = dataclasses.replace(methods.ard().terms[0], name=name)
+        assert_input_error(lambda: dataclasses.replace(methods.ard(), terms=(term,)), f'"{name}"', "otherwise")
+
+
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_a_term_that_reads_what_it_did_not_ask_for_is_told_how_to(network):
+    reads = {"student": lambda s, t, y: s["clean"][:, 0], "teacher": lambda s, t, y: t["mirrored"][:, 0]}[network]
+    built = dataclasses.replace(methods.ard(), terms=(
+        distillation.Term("mine", reads, student=("adversarial",), teacher=("clean",)),))
+    logits = {name: jnp.zeros((2, 3)) for name in ("clean", "adversarial", "mirrored")}
+    view = {"student": "clean", "teacher": "mirrored"}[network]
+    assert_input_error(
+        lambda: built.loss(logits, logits, jnp.zeros(2, int), jnp.float32(1)), '"mine"', f'"{view}"', f"{network}=")
+
+
+def test_who_differentiates_the_teacher():
+    differentiating = {"adaad", "adaiad", "dgad", "ard+jvp", "ard+direct"}
+    for name in (*BASES, "ard+igdm", "ard+jvp", "ard+direct"):
+        assert method(name).needs_teacher_gradient == (name in differentiating)

@@ -22,7 +22,7 @@ TEACHER = {view: jnp.asarray(GENERATOR.normal(scale=2, size=(BATCH, CLASSES)), j
 LABELS = jnp.asarray(GENERATOR.integers(0, CLASSES, BATCH))
 HALFWAY = jnp.float32(0.5)
 
-# path has views and tests of its own: test_path.py
+# path has views of its own: test_identities.py, test_losses_torch_parity.py, test_adversarial_path.py
 each_base = pytest.mark.parametrize("base", sorted({*BASES} - {"path"}))
 
 

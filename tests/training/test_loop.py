@@ -431,6 +431,17 @@ def test_negatives_need_a_second_class_in_the_batch(tiny_config, tiny_teacher, t
     loop.check_batch(config.build_method(), np.array([1, 1, 0]), 1)
 
 
+def test_a_run_of_a_method_that_is_not_registered_here_is_not_called_damaged(tiny_config, tmp_path):
+    config = tiny_config()
+    loop.claim(tmp_path, config)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["method"]["name"] = "gentle"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError) as raised:
+        loop.check_claim(tmp_path, config)
+    assert '"gentle"' in str(raised.value) and "register it" in str(raised.value) and "damaged" not in str(raised.value)
+
+
 @pytest.mark.parametrize("blocked, what", [
     (lambda logits: jax.lax.stop_gradient(logits), "0 everywhere"), (lambda logits: jnp.round(logits), "0 everywhere"),
     (lambda logits: 0 * logits, "0 everywhere"), (lambda logits: logits * jnp.inf, "nan")])
@@ -452,6 +463,11 @@ def test_a_teacher_without_an_input_gradient_is_noticed_before_training(blocked,
         lambda: build(dataclasses.replace(teacher, apply=apply)), "config.teacher", str(tiny_teacher), what, "adaad",
         "--config.method.attack=rslad")
     build(teacher)
+    # So is one whose gradient is to be matched; path has an option of its own.
+    for method, words in (({"name": "ard+direct"}, ["matches its gradients", "without +jvp and +direct"]), (
+            {"name": "path", "path_points": 2, "path_inner_loss": "teacher_moving"}, ["path_inner_loss=cross_entropy"])):
+        config = tiny_config(method=method, teacher=str(tiny_teacher))
+        assert_input_error(lambda: build(dataclasses.replace(teacher, apply=apply)), "config.teacher", *words)
     # An attack that leaves the teacher alone does not mind.
     config = tiny_config(method={"name": "adaad", "attack": "rslad"}, teacher=str(tiny_teacher))
     build(dataclasses.replace(teacher, apply=apply))
