@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxrd import objectives
 from jaxrd.errors import InputError
+from jaxrd.threat import example_keys
 
 Array = jax.Array
 
@@ -195,7 +196,8 @@ def draw_targets(
       [batch] int, never equal to the label.
     """
     if scores is None:
-        scores = jax.random.uniform(key, (labels.shape[0], classes))
+        keys = example_keys(key, labels.shape[0])
+        scores = jax.vmap(lambda key: jax.random.uniform(key, (classes,)))(keys)
     allowed = jnp.arange(classes)[None, :] != labels[:, None]
     if present_only:
         allowed &= jnp.zeros(classes, bool).at[labels].set(True)[None, :]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxrd import attacks, objectives
 from jaxrd.attacks.pgd import Objective
 from jaxrd.distillation import adversarial_path
-from jaxrd.errors import InputError
+from jaxrd.errors import InputError, choose, need
 from jaxrd.threat import ThreatModel
 
 Array = jax.Array
@@ -133,7 +133,8 @@ def teacher_moving_attack() -> Attack:
 
 
 def path_attack(
-    *, inner_loss: str, points: int, targeted: bool, targeted_start: str, target_class: str, teacher_on_clean: bool,
+    *, inner_loss: str = "cross_entropy", points: int = 10, targeted: bool = True, targeted_start: str = "negative_image",
+    target_class: str = "uniform",
 ) -> Attack:
     """Returns the attack that generates the paths of the CVPR 2024 path method (a reconstruction: `adversarial_path`).
 
@@ -146,11 +147,18 @@ def path_attack(
       targeted: generate the targeted path too.
       targeted_start: "negative_image", the target being the class of an anchor in the batch, or "anchor_image", any other.
       target_class: "uniform", or the best other class by the "teacher" or the "student", or the "least_likely".
-      teacher_on_clean: whether T(x) is needed to choose targets, besides what `inner_loss` needs.
+
+    Raises:
+      InputError: an unknown name, or no points.
     """
-    objective = {
-        "cross_entropy": _climbs_cross_entropy, "teacher_clean": _climbs_fixed_teacher,
-        "teacher_moving": _climbs_moving_teacher}[inner_loss]
+    climbs = {"cross_entropy": _climbs_cross_entropy, "teacher_clean": _climbs_fixed_teacher,
+              "teacher_moving": _climbs_moving_teacher}
+    need(points >= 1, "path points", points, "1 or above")
+    choose("path inner_loss", inner_loss, climbs)
+    choose("path targeted_start", targeted_start, ("negative_image", "anchor_image"))
+    choose("path target_class", target_class, ("uniform", "teacher", "student", "least_likely"))
+    objective = climbs[inner_loss]
+    teacher_on_clean = inner_loss == "teacher_clean" or targeted and target_class in ("teacher", "least_likely")
 
     def generate(key, context, inner):
         if points > inner.steps:
@@ -171,8 +179,7 @@ def path_attack(
         return views
 
     return Attack(
-        generate, teacher_on_clean=teacher_on_clean or inner_loss == "teacher_clean",
-        teacher=teacher_on_clean or inner_loss != "cross_entropy", teacher_gradient=inner_loss == "teacher_moving",
+        generate, teacher_on_clean=teacher_on_clean, teacher=teacher_on_clean or inner_loss != "cross_entropy", teacher_gradient=inner_loss == "teacher_moving",
         two_classes=targeted and targeted_start == "negative_image")
 
 

@@ -54,10 +54,11 @@ def path(
       scale: of "boundary" and "gap", above 0.
       inner_loss: what the untargeted path climbs: "cross_entropy", "teacher_clean" (KL to T(x)) or "teacher_moving" (KL to
         T(x'), AdaAD's). The targeted path descends the cross-entropy of its target class, or, with "teacher_clean" and
-        negative images, the KL to T(anchor).
+        negative images of uniform classes, the KL to T(anchor).
       targeted_start: "negative_image" (the target is the class of an anchor in the batch), "anchor_image" (any other class)
         or "anchor_runner_up" (the class that the student finds second best).
-      target_class: "uniform", or the best other class by the "teacher" or the "student", or the "least_likely" by the teacher.
+      target_class: "uniform", or the best other class by the "teacher" or the "student" (with the targeted branch's BatchNorm
+        set), or the "least_likely" by the teacher.
       align_target: "teacher_clean" for T(x), "teacher_at_point" for T(x_t).
       align_distance: "kl", "squared_error" of the probabilities, "js", "l2".
       dual_batch_norm: a BatchNorm set for each branch; set 0, of the untargeted one, is used at test.
@@ -74,15 +75,15 @@ def path(
     chosen_by = "student" if runner_up else target_class
     attack = path_attack(
         inner_loss=inner_loss, points=points, targeted=gamma > 0,
-        targeted_start="anchor_image" if runner_up else targeted_start, target_class=chosen_by,
-        teacher_on_clean=gamma > 0 and chosen_by in ("teacher", "least_likely"))
+        targeted_start="anchor_image" if runner_up else targeted_start, target_class=chosen_by)
     second = int(dual_batch_norm)
 
     def branch(names, start, batch_norm_set):
         together = f"{names[-1]}/joint" if batching == "joint" else None
         between = [generated(name, updates_statistics=statistics, together=together, batch_norm_set=batch_norm_set)
                    for name in names[:-1]]
-        return (start, *between, generated(names[-1], batch_norm_set=batch_norm_set))
+        # The start last, as RSLAD forwards x' before x: the running statistics remember the order.
+        return (*between, generated(names[-1], batch_norm_set=batch_norm_set), start)
 
     def aligned(names, start):
         """The weighted alignment along one branch."""
@@ -116,7 +117,7 @@ def path(
         targeted = tuple(f"targeted/{number}" for number in range(1, points + 1))
         # With one set the start of the targeted path is the clean view itself.
         start = View("clean/targeted", CLEAN.points, batch_norm_set=1) if dual_batch_norm else CLEAN
-        views += branch(targeted, start, second)[0 if dual_batch_norm else 1:]
+        views += branch(targeted, start, second)[:None if dual_batch_norm else -1]
         terms.append(Term("path_targeted", weight=alpha * gamma, **aligned(targeted, start.name)))
     if alpha < 1:
         terms.append(distillation("clean", "clean", name="distillation_clean", weight=1 - alpha))
