@@ -61,10 +61,9 @@ def adversarial(name, norm="linf", steps=STEPS):
 
 
 def along_paths(inner_loss="cross_entropy", points=STEPS, targeted=True, targeted_start="negative_image",
-                target_class="uniform", teacher_on_clean=True):
+                target_class="uniform"):
     return path_attack(
-        inner_loss=inner_loss, points=points, targeted=targeted, targeted_start=targeted_start, target_class=target_class,
-        teacher_on_clean=teacher_on_clean)
+        inner_loss=inner_loss, points=points, targeted=targeted, targeted_start=targeted_start, target_class=target_class)
 
 
 @functools.cache

@@ -200,8 +200,7 @@ def test_the_path_is_every_point_of_the_published_ascent(norm, epsilon, step_siz
     start = threat.random_start(KEY, jnp.asarray(IMAGES), "gaussian", project=project_start)
     expected = published_path(published_loss(inner_loss), start, epsilon, step_size, norm)
     attack = path_attack(
-        inner_loss=inner_loss, points=STEPS, targeted=False, targeted_start="negative_image", target_class="uniform",
-        teacher_on_clean=False)
+        inner_loss=inner_loss, points=STEPS, targeted=False, targeted_start="negative_image", target_class="uniform")
     with jax.disable_jit():
         views = attack.generate(KEY, context(), InnerMaximisation(threat, step_size, STEPS, project_start=project_start))
     assert_same_steps([*(views[f"path/{step}"] for step in range(1, STEPS)), views["adversarial"]], expected)
@@ -210,7 +209,7 @@ def test_the_path_is_every_point_of_the_published_ascent(norm, epsilon, step_siz
 def descended(norm="linf", epsilon=8 / 255, step_size=2 / 255, project_start=True, auxiliary=False, **options):
     """Returns the points of the targeted path and the start that they are reached from."""
     threat, starts = recording(norm, epsilon)
-    attack = path_attack(points=STEPS, targeted=True, teacher_on_clean=True, **options)
+    attack = path_attack(points=STEPS, targeted=True, **options)
     inner = InnerMaximisation(threat, step_size, STEPS, project_start=project_start)
     with jax.disable_jit():
         views = attack.generate(KEY, context(auxiliary), inner)
