@@ -137,7 +137,7 @@ def robust_accuracy(rows: Sequence[Line], narrow: bool = False) -> Figure | None
 
 @_styled
 def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None:
-    """Draws validation accuracies, the training loss and each of its terms against the step.
+    """Draws validation accuracies, the training loss, each of its terms and what methods watch besides against the step.
 
     Args:
       rows: one line each, the mean over its runs with a band of one standard deviation.
@@ -147,7 +147,8 @@ def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None
       The figure, or None where no run has such metrics.
     """
     keys = dict.fromkeys(key for row in rows for run in row.runs for line in run.metrics for key in line)
-    validation = [key for key in keys if key.startswith("validation/")]
+    # The clean accuracy of a teacher does not change while a student trains.
+    validation = [key for key in keys if key.startswith("validation/") and key != "validation/teacher_clean_accuracy"]
     terms = [key for key in keys if key.startswith("train/") and not key.startswith(
         ("train/accuracy", "train/teacher_accuracy", "train/weight", "train/loss"))]
     panels = validation + [key for key in ("train/loss",) if key in keys] + terms
@@ -166,7 +167,10 @@ def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None
         if key == "train/gradient_norm":
             title = "Gradient norm of the loss"
         else:
-            title = ("Validation " if kind == "validation" else "Training " if name == "loss" else "Loss term: ") + name
+            # Terms of the loss have a weight beside them (older logs: none has); what a method watches has not.
+            term = f"train/weight/{key.partition('/')[2]}" in keys or not any(key.startswith("train/weight/") for key in keys)
+            kind = "Validation " if kind == "validation" else "Training " if name == "loss" else "Loss term: " if term else ""
+            title = kind + name if kind else name.capitalize()
         _tidy(axis, title + (", %" if accuracy else ""))
         axis.set_xlabel("step")
         if accuracy:

@@ -143,6 +143,8 @@ def _results(groups, lines, runs):
             cells.append(f'<span class="best">{text}</span>' if place in best[key] else text)
         body.append(cells)
     notes = ["Accuracies in percent."]
+    if any("seconds_per_step" in group["values"] for group in groups):
+        notes.append("s/step: seconds of one training step, the median of each run's log.")
     if any(best.values()):
         notes.append("Marked: the best mean among the students" + (
             " (highest; for the gradient distance, lowest)." if best.get("gradient_distance") else "."))
