@@ -5,6 +5,9 @@ Three presets: "default", the recommended reading (temperature 1, batch means, R
 does. Text and code are those of IGDM (Lee et al. 2025, appendix B) for what is in its tables, else the method's own. Options
 of methods that differ are in `distillation.catalogue.PRESETS`, all else here. What is published nowhere says so.
 
+The alphas of the IGDM paper go with temperature 1, as its code has it: where "paper" (ARD) or "official" (AdaIAD) has 30, which
+weighs the distillation far more, search alpha anew.
+
 No published number has been reproduced with these configurations yet.
 """
 

@@ -149,8 +149,7 @@ def method(name: str, *, preset: str = "default", **options) -> Method:
       'rslad+igdm'
     """
     base_name, named = parse_name(name)
-    if preset not in PRESETS:
-        raise InputError(f'method preset is "{preset}"; {suggest(preset, PRESETS)}')
+    choose("method preset", preset, PRESETS)
     known = {field.name: field.default for field in dataclasses.fields(MethodConfig)}
     for option in options:
         if option not in known:
@@ -164,8 +163,7 @@ def method(name: str, *, preset: str = "default", **options) -> Method:
             raise InputError("method.attack does not fit path, whose attack generates paths; set method.path_inner_loss")
         choose("method.attack", values["attack"], ATTACKS)
         built = dataclasses.replace(built, attack=ATTACKS[values["attack"]]())
-    if values["igdm_ramp"] not in RAMPS:
-        raise InputError(f'method.igdm_ramp is "{values["igdm_ramp"]}"; {suggest(values["igdm_ramp"], RAMPS)}')
+    choose("method.igdm_ramp", values["igdm_ramp"], RAMPS)
     ramp = RAMPS[values["igdm_ramp"]]
     for module, default in MODULES.items():
         weight = values[module]
