@@ -370,7 +370,8 @@ def cases(*table):
     return pytest.mark.parametrize("name, options", [pytest.param(*row, id=identity(*row)) for row in table])
 
 
-@pytest.mark.parametrize("preset, classes", [("default", 10), ("default", 100), ("paper", 100), ("official", 10)])
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("preset", ["default", "paper", "official"])
 @pytest.mark.parametrize("module", ["", "+igdm"])
 @pytest.mark.parametrize("base", BASES)
 def test_every_base_alone_and_with_igdm_in_every_preset(base, module, preset, classes):
