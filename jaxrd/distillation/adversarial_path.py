@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrd import objectives
-from jaxrd.errors import InputError
+from jaxrd.errors import InputError, choose
 from jaxrd.threat import example_keys
 
 Array = jax.Array
@@ -52,8 +52,9 @@ def path_weights(
       [steps, batch], in [0, 1].
 
     Raises:
-      ValueError: an unknown scheme, or "gap" without a teacher.
+      InputError: an unknown scheme, or "gap" without a teacher.
     """
+    choose("path weights", scheme, SCHEMES)
     chex.assert_rank([start_logits, path_logits, labels], [2, 3, 1])
     chex.assert_equal_shape([start_logits, path_logits[0]])
     steps, batch, _ = path_logits.shape
@@ -69,13 +70,11 @@ def path_weights(
         weights = jnp.zeros((steps, batch)).at[-1].set(1.0)
     elif scheme == "boundary":
         weights = jnp.exp(-jnp.abs(jax.vmap(objectives.margin, (0, None))(path_logits, labels)) / scale)
-    elif scheme == "gap":
+    else:
         if teacher_logits is None:
-            raise ValueError('path weights "gap" measure from the teacher; give teacher_logits')
+            raise InputError('path weights "gap" measure from the teacher; give teacher_logits')
         teacher_logits = jnp.broadcast_to(teacher_logits, path_logits.shape)
         weights = jax.nn.softmax(jax.vmap(objectives.kl_divergence)(teacher_logits, path_logits) / scale, axis=0)
-    else:
-        raise ValueError(f'path weights are "{scheme}"; known: {", ".join(SCHEMES)}')
     return jax.lax.stop_gradient(jnp.maximum(weights, floor))
 
 
@@ -97,15 +96,14 @@ def weighted_path_loss(
     Returns:
       [batch].
     """
+    choose("path normalisation", normalisation, NORMALISATIONS)
     chex.assert_equal_shape([weights, losses])
     total, weight = jnp.sum(weights * losses, axis=0), jnp.sum(weights, axis=0)
     if normalisation == "per_sample":
         return total / (weight + 1e-8)
     if normalisation == "batch":
         return total / (jnp.mean(weight) + 1e-8)
-    if normalisation == "none":
-        return total / (points or weights.shape[0])
-    raise ValueError(f'path normalisation is "{normalisation}"; known: {", ".join(NORMALISATIONS)}')
+    return total / (points or weights.shape[0])
 
 
 def _drop(start_logits: Array, path_logits: Array, labels: Array) -> Array:

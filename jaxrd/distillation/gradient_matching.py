@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrd import objectives
+from jaxrd.errors import choose
 
 Array = jax.Array
 LogitsFn = Callable[[Array], Array]  # images -> logits
@@ -38,6 +39,7 @@ def igdm(
     Returns:
       [batch]. Its mean over the batch is the published loss.
     """
+    choose("igdm distance", distance, DIFFERENCE_DISTANCES)
     return DIFFERENCE_DISTANCES[distance](teacher_plus - teacher_minus, student_plus - student_minus)
 
 
@@ -95,6 +97,7 @@ def gradient_matching(
     Returns:
       [batch]. Its gradient is finite where the two input gradients agree, or one is 0.
     """
+    choose("gradient_matching distance", distance, GRADIENT_DISTANCES)
     teacher = jax.lax.stop_gradient(input_gradients(teacher_fn, images, labels, scalar))
     return GRADIENT_DISTANCES[distance](teacher, input_gradients(student_fn, images, labels, scalar))
 
@@ -108,6 +111,7 @@ def input_gradients(logits_fn: LogitsFn, images: Array, labels: Array, scalar: s
       labels: [batch] int.
       scalar: "probability" (the softmax's) or "logit" of the true class, or "cross_entropy".
     """
+    choose("gradient_matching scalar", scalar, SCALARS)
     chex.assert_rank([images, labels], [4, 1])
     return jax.grad(lambda images: jnp.sum(SCALARS[scalar](logits_fn(images), labels)))(images)
 

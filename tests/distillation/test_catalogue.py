@@ -162,3 +162,16 @@ def test_who_differentiates_the_teacher():
     differentiating = {"adaad", "adaiad", "dgad", "ard+jvp", "ard+direct"}
     for name in (*BASES, "ard+igdm", "ard+jvp", "ard+direct"):
         assert method(name).needs_teacher_gradient == (name in differentiating)
+
+
+def test_unknown_names_at_the_primitives():
+    logits, images, labels = jnp.zeros((2, 3)), jnp.zeros((2, 2, 2, 1)), jnp.zeros(2, int)
+
+    def network(images):
+        return images.reshape(len(images), -1)[:, :3]
+
+    assert_input_error(lambda: distillation.igdm(logits, logits, logits, logits, "l3"), '"l3"', "known: kl, l1, l2")
+    for options in ({"scalar": "loss"}, {"distance": "l1"}):
+        assert_input_error(
+            lambda: distillation.gradient_matching(network, network, images, labels, **options), "gradient_matching", "known:")
+    assert_input_error(lambda: distillation.path_weights(logits, logits[None], labels, "dropp"), '"dropp"', '"drop"')
