@@ -57,7 +57,7 @@ class MethodConfig:
     ard_temperature: float = documented(1.0, "tau; the original paper's is 30")
     ard_alpha: float = documented(1.0, "weight of the teacher against the hard label")
     ard_reduction: str = documented("batchmean", '"batchmean", or "mean": over classes too, as the original code')
-    iad_temperature: float = documented(1.0, "tau")
+    iad_temperature: float = documented(1.0, "tau of the teacher's term")
     iad_alpha: float = documented(1.0, "weight of teacher and introspection against the hard label")
     iad_beta: float = documented(0.1, "exponent of the reliability p_T(x')[y]^beta")
     iad_warmup: float = documented(0.3, "fraction of training before introspection begins (published: epoch 60 of 200)")

