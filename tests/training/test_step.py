@@ -19,7 +19,7 @@ from jaxrd.threat import ThreatModel
 from jaxrd.training import parallel, schedule, state as states, step
 
 METHODS = ["pgd_at", "rslad", "ard+igdm", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "ard", "dgad+igdm", "iad", "path", "ard+jvp", "ard+direct", "trades+awp"))]
+    "ard", "dgad+igdm", "iad", "path", "ard+jvp", "ard+direct", "pgd_at+awp"))]
 BATCH, STEPS, RATE, ALPHA, DECAY = 16, 5, 0.05, 30.0, 0.8
 THREAT, STEP_SIZE = ThreatModel(epsilon=0.1), 0.05
 
@@ -344,13 +344,13 @@ def test_no_gradient_reaches_the_teacher(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_device_and_four_are_the_same_run(name):
-    one, one_metrics = run(recipe_of(name), one_device(), 4)
-    four, four_metrics = run(recipe_of(name), parallel.data_mesh(), 4)
-    # Where the weights themselves are attacked, rounding comes back larger: the perturbation has a fixed length.
-    slack = 20 if "awp" in name else 1
+    # Adversarial training amplifies rounding: sooner or later a sign of some gradient differs, and then all does.
+    steps = 4 if name in ("pgd_at", "rslad", "ard+igdm") else 2
+    one, one_metrics = run(recipe_of(name), one_device(), steps)
+    four, four_metrics = run(recipe_of(name), parallel.data_mesh(), steps)
     for a, b in zip(one_metrics, four_metrics, strict=True):
-        assert a == pytest.approx(b, rel=slack * 1e-4, abs=slack * 1e-5)
-    chex.assert_trees_all_close(one[-1], four[-1], atol=slack * 1e-5, rtol=slack * 1e-4)
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    chex.assert_trees_all_close(one[-1], four[-1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)
