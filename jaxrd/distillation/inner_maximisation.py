@@ -179,12 +179,12 @@ def path_attack(
         return views
 
     return Attack(
-        generate, teacher_on_clean=teacher_on_clean, teacher=teacher_on_clean or inner_loss != "cross_entropy", teacher_gradient=inner_loss == "teacher_moving",
-        two_classes=targeted and targeted_start == "negative_image")
+        generate, teacher_on_clean=teacher_on_clean, teacher=teacher_on_clean or inner_loss != "cross_entropy",
+        teacher_gradient=inner_loss == "teacher_moving", two_classes=targeted and targeted_start == "negative_image")
 
 
 def with_random_direction(attack: Attack) -> Attack:
-    """Returns the attack that also generates "random", a point drawn uniformly from the ball (what IGDM may take for x + d)."""
+    """Returns the attack that also generates "random", a point uniform in the ball (what IGDM may take for x + d)."""
 
     def generate(key, context, inner):
         start_key = jax.random.fold_in(key, _RANDOM)

@@ -120,7 +120,8 @@ EARLY = {
     f"train {PGD_AT} --config.method=ard+igmd": ['config.method.name is "ard+igmd"', '"+igdm"'],
     f"train {PGD_AT} --config.method=ard": ["config.teacher is empty", "--config.teacher=runs/teacher"],
     # Config files.
-    "train --config=configs/digits.py:ardd": ['"ardd"', 'did you mean "ard"?', "known: pgd_at, trades, mart, ard", "besides methods: teacher"],
+    "train --config=configs/digits.py:ardd": ['"ardd"', 'did you mean "ard"?', "known: pgd_at, trades",
+                                                 "besides methods: teacher"],
     "train --config=configs/digits.py:teachr": ['"teachr"', 'did you mean "teacher"?'],
     "train --config=configs/digits.py:teacher+igdm": ['"teacher+igdm"'],
     "train --config=configs/digits.py:ard,seed": ['"seed" is not field=value', "seed=3"],

@@ -478,7 +478,8 @@ def test_a_teacher_without_an_input_gradient_is_noticed_before_training(blocked,
 @pytest.mark.parametrize("base", sorted(BASES))
 def test_every_method_trains_and_evaluates(base, module, tiny_config, tiny_teacher, tmp_path):
     config = tiny_config(
-        method={"name": base + module, "path_points": 2}, teacher=str(tiny_teacher), training={"steps": 2, "checkpoint_every": 2})
+        method={"name": base + module, "path_points": 2}, teacher=str(tiny_teacher),
+        training={"steps": 2, "checkpoint_every": 2})
     train(config, tmp_path / "run")
     record = evaluate(tmp_path / "run", "clean,pgd20", teacher=str(tiny_teacher))
     assert 0 <= record["accuracy"]["pgd20"] <= record["accuracy"]["clean"] <= 1
