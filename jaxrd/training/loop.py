@@ -32,7 +32,7 @@ from jaxrd.training.log import Log, write_json
 from jaxrd.training.step import Recipe, make_train_step
 
 VALIDATION_ATTACK = "pgd10"
-PROBE = 128  # images on which gradients are looked at
+PROBE = 128  # validation images whose input gradients are compared with the teacher's
 
 
 def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None = None) -> states.TrainState:
@@ -181,7 +181,7 @@ def build_recipe(
                 teacher, variables, _ = checkpoint.restore_model(config.teacher, teacher_step)
         check_teacher(config.teacher, teacher, student)
         if method.needs_teacher_gradient:
-            check_teacher_gradient(config.teacher, teacher, variables, dataset.train.images[:PROBE], method)
+            check_teacher_gradient(config.teacher, teacher, variables, dataset.train.images[:16], method)
         variables = jax.device_put(variables, parallel.replicated(mesh))
     steps = config.steps(train_examples)
     return Recipe(
