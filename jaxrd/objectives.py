@@ -115,8 +115,12 @@ def l2_distance(target_logits: Array, logits: Array) -> Array:
 
     Its gradient is 0 where the two agree exactly.
     """
-    squared = squared_l2_distance(target_logits, logits)
-    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
+    return safe_sqrt(squared_l2_distance(target_logits, logits))
+
+
+def safe_sqrt(x: Array) -> Array:
+    """Returns the square root, elementwise, with the gradient 0 where x is 0 and its own is infinite."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
 def correct(logits: Array, labels: Array) -> Array:

@@ -6,7 +6,6 @@ Every option is a field of `MethodConfig`, named after the builder that takes it
 import dataclasses
 import difflib
 import inspect
-import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from jaxrd.distillation.composition import Method, Ramp
 from jaxrd.distillation.inner_maximisation import (
     Attack, cross_entropy_attack, teacher_fixed_attack, teacher_moving_attack, trades_attack)
 from jaxrd.distillation.path_method import path
-from jaxrd.errors import InputError, choose, suggest
+from jaxrd.errors import InputError, choose, need, suggest
 
 
 def documented(default, doc: str):
@@ -169,8 +168,7 @@ def method(name: str, *, preset: str = "default", **options) -> Method:
         weight = values[module]
         if weight is None:
             weight = default if module in named else 0.0
-        if not (math.isfinite(weight) and weight >= 0):
-            raise InputError(f"method.{module} is {weight}; it must be a number of 0 or above")
+        need(weight >= 0, f"method.{module}", weight, "a number of 0 or above")
         if weight == 0:
             continue
         add = getattr(modules, f"with_{module}")

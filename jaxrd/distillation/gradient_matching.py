@@ -118,8 +118,7 @@ def input_gradients(logits_fn: LogitsFn, images: Array, labels: Array, scalar: s
 
 def gradient_distance(a: Array, b: Array) -> Array:
     """Returns ||a - b||_2 per example, [batch]; its gradient is 0 where a and b agree."""
-    squared = _squared_distance(a, b)
-    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
+    return objectives.safe_sqrt(_squared_distance(a, b))
 
 
 def gradient_cosine(a: Array, b: Array) -> Array:

@@ -1,8 +1,7 @@
 """Modules: what goes on top of any method. Each takes a method and returns one with a term, or a property, more."""
 
 import dataclasses
-import math
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,14 +51,15 @@ def with_igdm(
       beta: scale of the forward point.
       gamma: scale of the mirrored point; 0 is the forward difference S(x + d) - S(x) (SAAD, eq. 11).
       control: "none"; without a teacher, the controls of appendix A.5: "zero" puts 0 for the teacher's difference,
-        "mirror" is D(S(x - d), S(x + d)), "trades" D(S(x), S(x + d)).
+        "mirror" is D(S(x - d), S(x + d)), "trades" D(S(x), S(x + d)). The paper equates the first two, which by KL are not
+        the same, and does not say which it ran.
     """
     for field, value, known in (
             ("igdm_distance", distance, gradient_matching.DIFFERENCE_DISTANCES), ("igdm_direction", direction, _DIRECTIONS),
             ("igdm_control", control, _CONTROLS)):
         choose(f"method.{field}", value, known)
     for field, value in (("igdm_beta", beta), ("igdm_gamma", gamma)):
-        need(math.isfinite(value) and value >= 0, f"method.{field}", value, "0 or above")
+        need(value >= 0, f"method.{field}", value, "0 or above")
     if control == "trades":
         need(beta > 0, "method.igdm_beta", beta, 'above 0 with igdm_control "trades", which compares x + beta d with x')
         gamma = 0.0
@@ -149,8 +149,8 @@ def with_awp(base: Method, gamma: float, *, warmup: float = 0.0) -> Method:
     """Takes the loss of any method at adversarially perturbed weights (AWP, Wu et al. 2020): see `WeightPerturbation`.
 
     The perturbation climbs the method's whole loss; it is computed in the warm-up too, where it is not used. Its forwards
-    leave the running statistics alone. Weight decay acts on
-    the weights themselves, where the published code lets it act on the perturbed ones.
+    leave the running statistics alone. Weight decay acts on the weights themselves, where the published code lets it act on
+    the perturbed ones.
 
     Args:
       base: any method.
@@ -164,7 +164,7 @@ def with_awp(base: Method, gamma: float, *, warmup: float = 0.0) -> Method:
     return _extended(base, "awp", weight_perturbation=WeightPerturbation(gamma, warmup))
 
 
-def with_forwards(base: Method, order: Collection[str]) -> Method:
+def with_forwards(base: Method, order: Sequence[str]) -> Method:
     """Forwards the student on these views in this order, repeats included, each moving the running statistics.
 
     Published code forwards some views twice, and some that no term reads; the losses are the same, the running statistics
