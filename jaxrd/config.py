@@ -270,7 +270,10 @@ def _unknown(path: str, siblings: set[str]) -> str:
     if not siblings:
         close = [parent]  # a value, which has no fields
     else:
-        close = difflib.get_close_matches(path, siblings, n=1) or [known for other in same for known in by_name[other]]
+        # Options of one method begin alike: "ard_tau" is none of another's.
+        family = {known for known in siblings if "_" in name and known.rpartition(".")[2].split("_")[0] == name.split("_")[0]}
+        close = difflib.get_close_matches(path, family or siblings, n=1) or [
+            known for other in same for known in by_name[other]]
     hint = (f"did you mean {' or '.join(f'config.{known}' for known in close)}?" if close
             else f"known: {', '.join(sorted(siblings))}")
     return f"config.{path}: no such field; {hint}"

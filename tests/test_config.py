@@ -103,6 +103,8 @@ def test_l2_radii_may_exceed_one():
 
 @pytest.mark.parametrize("values, words", [
     ({"optimizer": {"lerning_rate": 1}}, ["config.optimizer.lerning_rate", "did you mean config.optimizer.learning_rate?"]),
+    ({"method": {"ard_tau": 1}}, ["config.method.ard_tau", "did you mean config.method.ard_"]),
+    ({"method": {"dgad_corection": "mix"}}, ["did you mean config.method.dgad_correction?"]),
     ({"lr": 1}, ["config.lr", "config.optimizer.learning_rate?"]),
     ({"epsilon": 1}, ["config.epsilon", "config.threat.epsilon?"]),
     ({"steps": 1}, ["config.steps", "config.attack.steps or config.training.steps?"]),
