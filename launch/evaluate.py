@@ -1,4 +1,4 @@
-"""Evaluates runs under attack: `python -m launch.evaluate --workdir=runs/a[,runs/b,...] --attacks=clean,pgd20,strong`.
+"""Evaluates runs under attack: `python -m launch.evaluate --workdir=runs/a[,runs/b,...] --attacks=clean,pgd20,autoattack`.
 
 Writes evaluation.json, evaluation/ and report.html into every run directory; with several runs (or --report) also one report
 that compares them. Runs that differ only in their seed share a row of the table, as mean and standard deviation.
@@ -12,7 +12,12 @@ from jaxrd.errors import InputError
 from launch import command
 
 _WORKDIR = flags.DEFINE_list("workdir", [], "Run directories, comma-separated.")
-_ATTACKS = flags.DEFINE_string("attacks", "clean,fgsm,pgd20,cw30,strong", "Attacks, comma-separated.")
+_ATTACKS = flags.DEFINE_string(
+    "attacks", "clean,fgsm,pgd20,cw30,autoattack",
+    "Attacks, comma-separated: clean, fgsm, mim, pgd10, pgd20, cw30, strong, autoattack, autoattack_plus, or fast "
+    "(APGD-CE + APGD-T, which is not AutoAttack).")
+_CURVE = flags.DEFINE_string(
+    "curve", "pgd20", 'The attack whose accuracy is drawn against the radius, if it is among --attacks; "none" for no curve.')
 _STEP = flags.DEFINE_string("step", "last", '"last", "best" by validation PGD accuracy, or a step\'s number.')
 _SPLIT = flags.DEFINE_string("split", "test", '"test", or "validation" while choosing anything.')
 _TEACHER = flags.DEFINE_string("teacher", "", "Teacher to compare input gradients with; by default each run's own.")
@@ -36,7 +41,7 @@ def main() -> None:
     for workdir in _WORKDIR.value:
         evaluate.evaluate(
             workdir, _ATTACKS.value, step=step, split=_SPLIT.value, teacher=_TEACHER.value, seed=_SEED.value,
-            batch_size=_BATCH_SIZE.value)
+            batch_size=_BATCH_SIZE.value, curve=_CURVE.value)
         report.write([workdir], pathlib.Path(workdir) / "report.html")
     print()
     print(report.table(_WORKDIR.value))

@@ -1,5 +1,12 @@
-"""Attacks: functions of `images -> per-example objective` or `images -> logits`."""
+"""Attacks: functions of `images -> per-example objective` (pgd) or of `images -> logits` (all others)."""
 
+from jaxrd.attacks.apgd import apgd
+from jaxrd.attacks.autoattack import AutoAttackResult, autoattack
+from jaxrd.attacks.fab import fab
+from jaxrd.attacks.iterated import cw_linf, mi_fgsm, pgd_attack
 from jaxrd.attacks.pgd import ascent_step, loop_unroll, pgd, pgd_path
+from jaxrd.attacks.search import AttackResult
+from jaxrd.attacks.square import square
 
-__all__ = ["ascent_step", "loop_unroll", "pgd", "pgd_path"]
+__all__ = ["AttackResult", "AutoAttackResult", "apgd", "ascent_step", "autoattack", "cw_linf", "fab", "loop_unroll", "mi_fgsm",
+           "pgd", "pgd_attack", "pgd_path", "square"]

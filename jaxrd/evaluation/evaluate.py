@@ -1,5 +1,6 @@
 """The evaluation of one run directory: attacks, gradient alignment, a gallery, and evaluation.json, which holds them all."""
 
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,8 @@ from jaxrd.training.checks import check_teacher
 from jaxrd.training.log import read_metrics, write_json
 from jaxrd.training.loop import open_data
 
-_CURVE_ATTACK = _GALLERY_ATTACK = "pgd20"
+ATTACKS = "clean,fgsm,pgd20,cw30,autoattack"
+_GALLERY_ATTACK = "pgd20"
 _GALLERY_IMAGES = 10
 _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # in units of the run's epsilon
 
@@ -29,36 +31,42 @@ _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # in units of the run's ep
 @jax.default_matmul_precision("highest")
 def evaluate(
     workdir: str | pathlib.Path,
-    attacks: str | list[str] = "clean,fgsm,pgd20,cw30,strong",
+    attacks: str | list[str] = ATTACKS,
     *,
     step: str | int = "last",
     split: str = "test",
     teacher: str = "",
     seed: int = 0,
     batch_size: int = 256,
+    curve: str = "pgd20",
     devices: list | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Evaluates a run's checkpoint, writes evaluation.json and evaluation/gallery.npz, and returns what the former holds.
 
-    Networks compute in float32 here, whatever they were trained in.
+    Networks compute in float32 here, whatever they were trained in. What an earlier call measured on the same checkpoint, data,
+    threat model and seed with other attacks stays in the file. A cascade (autoattack, ...) records its finished batches in
+    evaluation/NAME-SPLIT-stepSTEP-seedSEED, goes on from there when it was killed, and leaves its adversarial images there.
 
     Args:
       workdir: a run directory with a finished checkpoint.
-      attacks: names in `robustness.PROTOCOLS`, comma-separated or a list.
+      attacks: names in `robustness.PROTOCOLS` and `robustness.CASCADES`, comma-separated or a list.
       step: "last" (the papers' protocol), "best" by validation PGD accuracy, or a step's number.
       split: "test", or "validation" while choosing anything.
       teacher: run directory to measure the gradient alignment with; by default the run's own teacher, if it has one.
       seed: of the random starts.
       batch_size: images per batch, at most.
+      curve: the attack whose accuracy is measured at several radii, if it is among `attacks`; "none" for no curve.
       devices: devices that share each batch; all by default.
-      say: is given one line per attack.
+      say: is given one line per attack, and the progress of cascades.
 
     Raises:
       InputError: an unknown attack or split; a run, checkpoint, data set or teacher that is missing or does not fit.
     """
     workdir = pathlib.Path(workdir)
     chosen = robustness.protocols(attacks)
+    if curve != "none":
+        robustness.protocols(curve)
     if split not in ("test", "validation"):
         raise InputError(f'split is "{split}"; use "test" or "validation"')
     parallel.check_one_process()
@@ -90,12 +98,7 @@ def evaluate(
             teacher = ""
     threat = config.threat.build()
     shared = {"mesh": mesh, "seed": seed, "batch_size": batch_size}
-
-    results = {}
-    for name, protocol in chosen.items():
-        results[name] = robustness.run_attack(model, variables, source, protocol, threat, **shared)
-        say(f"{workdir}: {name} {results[name].accuracy:.1%} of {len(source)} {split} images "
-            f"({results[name].seconds:.1f} s)")
+    folder = workdir / "evaluation"
     record = {
         "jaxrd": jaxrd.__version__,
         "run": {
@@ -106,24 +109,57 @@ def evaluate(
         "data": {"name": source.name.split("/")[0], "split": split, "examples": len(source),
                  "train_examples": len(train_source)},
         "threat": {"norm": threat.norm, "epsilon": threat.epsilon, "bounds": list(threat.bounds)},
-        "accuracy": {name: result.accuracy for name, result in results.items()},
-        "attacks": {name: _definition(protocol, threat.epsilon) for name, protocol in chosen.items()},
+        "seed": seed, "accuracy": {}, "attacks": {}, "seconds": {}, "cascades": {},
     }
+    _keep_earlier(workdir / "evaluation.json", record)
+
+    results = {}
+    for name, protocol in chosen.items():
+        directory = folder / f"{name}-{split}-step{origin['step']}-seed{seed}"
+        cascade = isinstance(protocol, robustness.Cascade)
+        result = results[name] = robustness.run_attack(
+            model, variables, source, protocol, threat, **shared, **(
+                {"resume": directory, "say": lambda line: say(f"{workdir}: {line}")} if cascade else {}))
+        record["accuracy"][name], record["seconds"][name] = result.accuracy, round(result.seconds, 3)
+        record["attacks"][name] = protocol.definition(threat.epsilon)
+        if cascade:
+            result.cascade.save(directory / "result.npz")
+            record["cascades"][name] = _stages(result.cascade) | {"file": str((directory / "result.npz").relative_to(workdir))}
+        say(f"{workdir}: {name} {result.accuracy:.1%} of {len(source)} {split} images ({result.seconds:.1f} s)")
+        write_json(workdir / "evaluation.json", record)
     if teacher:
         record["alignment"] = robustness.gradient_alignment(
             model, variables, teacher_model, teacher_variables, source, mesh=mesh, batch_size=batch_size)
         record["alignment"] |= {"teacher": teacher, "teacher_step": teacher_origin["step"]}
-    if _CURVE_ATTACK in results:
+    if curve in results:
         radii = [fraction * threat.epsilon for fraction in _CURVE if threat.norm != "linf" or fraction * threat.epsilon <= 1]
-        known = {threat.epsilon: results[_CURVE_ATTACK].accuracy}
         record["robustness_curve"] = robustness.robustness_curve(
-            model, variables, source, threat, radii, name=_CURVE_ATTACK, known=known, **shared)
+            model, variables, source, threat, radii, name=curve, known={threat.epsilon: results[curve].accuracy}, **shared)
     if seconds := _seconds_per_step(workdir, config.training.batch_size):
         record["training"] = {"seconds_per_step": seconds}
-    record["seconds"] = {name: round(result.seconds, 3) for name, result in results.items()}
     _write_gallery(workdir, model, variables, source, threat, results.get(_GALLERY_ATTACK), shared)
     write_json(workdir / "evaluation.json", record)
     return record
+
+
+def _keep_earlier(path, record) -> None:
+    """Takes over what an evaluation of the same model on the same terms has measured; a file that cannot be read has nothing."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if all(earlier.get(name) == record[name] for name in ("jaxrd", "run", "data", "threat", "seed")):
+            for name in ("accuracy", "attacks", "seconds", "cascades"):
+                record[name] |= earlier[name]
+            record |= {name: earlier[name] for name in ("alignment", "robustness_curve") if name in earlier}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+
+
+def _stages(found) -> dict[str, Any]:
+    """What a cascade came to, stage by stage, for the result file."""
+    return {
+        "stages": found.per_attack_accuracy, "rescored_accuracy": found.rescored_accuracy, "flags": found.flags,
+        "passes": {name: list(pair) for name, pair in found.passes.items()}, "zero_gradients": found.zero_gradients,
+        "seconds": found.seconds}
 
 
 def _seconds_per_step(workdir, batch_size: int) -> float | None:
@@ -131,16 +167,6 @@ def _seconds_per_step(workdir, batch_size: int) -> float | None:
     entries = read_metrics(workdir / "metrics.jsonl")
     pace = [entry["images_per_second"] for entry in entries if is_number(entry.get("images_per_second"))]
     return batch_size / float(np.median(pace)) if pace else None
-
-
-def _definition(protocol: robustness.Protocol, epsilon: float) -> dict[str, Any]:
-    """What an attack was, in words and numbers, for the result file."""
-    if not protocol.runs:
-        return {"description": protocol.description}
-    return {
-        "objective": " and ".join(protocol.objectives), "steps": protocol.steps,
-        "step_size": protocol.relative_step * epsilon, "start": protocol.start, "restarts": protocol.restarts,
-        "description": protocol.description}
 
 
 def _write_gallery(workdir, model, variables, source, threat, result, shared) -> None:

@@ -1,21 +1,25 @@
 """Accuracy under attack over a whole data set, in padded and masked batches.
 
 Every random number follows the index of its image, so the same model, images and seed give the same answer whatever the batch
-size, the padding or the number of devices. Attacks advance in chunks of a few steps per compiled call: one compilation serves
-every attack length and every radius, and the long loops stay out of XLA's CPU backend, which runs them slowly.
+size, the padding or the number of devices. `PROTOCOLS` are attacks of fixed step size, `CASCADES` the versions of AutoAttack.
 """
 
 import dataclasses
 import functools
 import math
+import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrd import attacks, objectives
+from jaxrd import models
+from jaxrd.attacks import AutoAttackResult, autoattack
+from jaxrd.attacks.iterated import Ascent
+from jaxrd.attacks.network import Network
+from jaxrd.attacks.search import batch_sizes, run_search, score
 from jaxrd.data.augment import to_float
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError
@@ -26,21 +30,12 @@ from jaxrd.training import parallel
 
 Array = jax.Array
 
-_CHUNK = 10  # attack steps per compiled call
-_CW_CONFIDENCE = 50.0
-
-
-def _cw(logits: Array, labels: Array) -> Array:
-    """The margin, capped where the attack is confident enough (Carlini & Wagner 2017, kappa = 50)."""
-    return jnp.minimum(objectives.margin(logits, labels), _CW_CONFIDENCE)
-
-
-OBJECTIVES = {"cross_entropy": objectives.cross_entropy, "margin": objectives.margin, "cw": _cw}
+OBJECTIVES = {"cross_entropy": "ce", "margin": "margin", "cw": "cw"}  # name in a result file -> loss of `jaxrd.attacks`
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """One evaluation attack, as it will stand in the result file.
+    """One evaluation attack of fixed step size, as it will stand in the result file.
 
     Attributes:
       objectives: names in `OBJECTIVES`; each is climbed in `restarts` runs.
@@ -49,6 +44,7 @@ class Protocol:
       start: see `ThreatModel.random_start`.
       restarts: runs per objective.
       description: one sentence for the reader of a table.
+      momentum: MI-FGSM's, where there is one.
     """
 
     objectives: tuple[str, ...] = ()
@@ -57,16 +53,43 @@ class Protocol:
     start: str = "none"
     restarts: int = 1
     description: str = ""
+    momentum: float | None = None
 
     @property
     def runs(self) -> list[tuple[str, int]]:
         return [(objective, restart) for objective in self.objectives for restart in range(self.restarts)]
+
+    def definition(self, epsilon: float) -> dict:
+        """Returns what the attack was, in words and numbers, for the result file."""
+        if not self.runs:
+            return {"description": self.description}
+        return {
+            "objective": " and ".join(self.objectives), "steps": self.steps, "step_size": self.relative_step * epsilon,
+            "start": self.start, "restarts": self.restarts, "description": self.description}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cascade:
+    """A version of AutoAttack, or of what is faster and no AutoAttack, as it will stand in the result file.
+
+    Attributes:
+      version: see `jaxrd.attacks.autoattack`.
+      description: one sentence for the reader of a table.
+    """
+
+    version: str
+    description: str
+
+    def definition(self, epsilon: float) -> dict:
+        return {"version": self.version, "description": self.description}
 
 
 PROTOCOLS = {
     "clean": Protocol(description="Accuracy on the images as they are."),
     "fgsm": Protocol(("cross_entropy",), 1, 1.0, description=(
         "One steepest gradient step of length epsilon on the cross-entropy, from the clean image.")),
+    "mim": Protocol(("cross_entropy",), 10, 0.1, momentum=1.0, description=(
+        "MI-FGSM: 10 steps of epsilon/10 on the cross-entropy with momentum 1, from the clean image.")),
     "pgd10": Protocol(("cross_entropy",), 10, 0.25, "uniform", description=(
         "10 steps of epsilon/4 on the cross-entropy, one uniform random start.")),
     "pgd20": Protocol(("cross_entropy",), 20, 0.25, "uniform", description=(
@@ -78,6 +101,16 @@ PROTOCOLS = {
         "Worst case per image over the clean image and six runs of 100 steps of epsilon/10: cross-entropy and margin, three "
         "uniform random starts each.")),
 }
+CASCADES = {
+    "autoattack": Cascade("standard", (
+        "AutoAttack, version standard: worst case per image over APGD on the cross-entropy, targeted APGD on DLR and targeted FAB "
+        "(9 targets, 100 steps each), and Square (5,000 queries).")),
+    "autoattack_plus": Cascade("plus", (
+        "AutoAttack, version plus: as standard, with APGD on cross-entropy and DLR and FAB in five restarts each besides.")),
+    "fast": Cascade("fast", (
+        "Worst case per image over APGD on the cross-entropy and targeted APGD on DLR (9 targets), 100 steps each: the first two "
+        "of AutoAttack's four attacks, and not AutoAttack.")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,39 +121,44 @@ class Result:
       robust: [n] bool, still classified correctly.
       images: [n, h, w, c] float32, the adversarial images (of the last run that moved each); None if not kept.
       seconds: wall time.
+      cascade: stage by stage, for a `Cascade`.
     """
 
     robust: np.ndarray
     images: np.ndarray | None
     seconds: float
+    cascade: AutoAttackResult | None = None
 
     @property
     def accuracy(self) -> float:
         return float(np.mean(self.robust))
 
 
-def protocols(names: str | list[str]) -> dict[str, Protocol]:
-    """Returns the protocols of comma-separated names, in that order; raises InputError for one that is unknown."""
+def protocols(names: str | list[str]) -> dict[str, Protocol | Cascade]:
+    """Returns the attacks of comma-separated names, in that order; raises InputError for one that is unknown."""
+    known = PROTOCOLS | CASCADES
     names = [name.strip() for name in (names.split(",") if isinstance(names, str) else names) if name.strip()]
     for name in names:
-        if name not in PROTOCOLS:
-            raise InputError(f'attacks: "{name}" is not one of {", ".join(PROTOCOLS)}')
+        if name not in known:
+            raise InputError(f'attacks: "{name}" is not one of {", ".join(known)}')
     if not names:
-        raise InputError(f"attacks: none given; choose from {', '.join(PROTOCOLS)}")
-    return {name: PROTOCOLS[name] for name in names}
+        raise InputError(f"attacks: none given; choose from {', '.join(known)}")
+    return {name: known[name] for name in names}
 
 
 def run_attack(
     model: Model,
     variables: dict,
     source: Source,
-    protocol: Protocol,
+    protocol: Protocol | Cascade,
     threat: ThreatModel,
     *,
     mesh: jax.sharding.Mesh,
     seed: int = 0,
     batch_size: int = 256,
     keep_images: bool = True,
+    resume: str | pathlib.Path | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Result:
     """Attacks every image of `source`.
 
@@ -136,29 +174,41 @@ def run_attack(
       mesh: devices that share each batch.
       seed: of the random starts.
       batch_size: images per batch, at most; rounded so that batches are equal and the devices can share them.
-      keep_images: bring the adversarial images to the host; without, `Result.images` is None.
+      keep_images: without, `Result.images` is None.
+      resume: a directory for what a cascade has finished, to go on from; see `jaxrd.attacks.autoattack`.
+      say: is given the progress of a cascade.
 
     Raises:
-      InputError: the model gives logits that are not finite.
+      InputError: the model gives logits that are not finite; a resume directory of another evaluation.
     """
     began = time.perf_counter()
     n = len(source)
-    adversarial = np.array(jax.device_get(to_float(source.images)), np.float32) if keep_images else None
-    robust = np.ones(n, bool)
-    variables = jax.device_put(variables, parallel.replicated(mesh))
+    network = Network(models.logits_fn(model, jax.device_put(variables, parallel.replicated(mesh))))
+    points = {"images": np.array(jax.device_get(to_float(source.images)), np.float32), "labels": np.asarray(source.labels, np.int32)}
+    size = _equal_batches(n, batch_size)
     key = jax.random.key(seed)
-    worst_case = len(protocol.runs) > 1
-    if worst_case or not protocol.runs:
-        for indices, rows, batch in _batches(source, np.arange(n), batch_size, mesh):
-            robust[indices] = _score(model, variables, batch["images"], batch["labels"], rows)
-    for number, (objective, _) in enumerate(protocol.runs):
-        run_key = jax.random.fold_in(key, number)
-        left = np.flatnonzero(robust) if worst_case else np.arange(n)
-        for indices, rows, batch in _batches(source, left, batch_size, mesh):
-            points = _climb(model, variables, run_key, batch, objective, protocol, threat)
-            if keep_images:
-                adversarial[indices] = np.asarray(points)[rows]
-            robust[indices] = _score(model, variables, points, batch["labels"], rows)
+    try:
+        if isinstance(protocol, Cascade):
+            found = autoattack(key, network, points["images"], points["labels"], threat=threat, version=protocol.version,
+                               batch_size=size, mesh=mesh, resume=resume, say=say)
+            return Result(found.robust, found.images if keep_images else None, time.perf_counter() - began, found)
+        sizes = batch_sizes(size, mesh.size)
+        adversarial, robust = points["images"].copy() if keep_images else None, np.ones(n, bool)
+        keys = _keys(key, n)
+        worst_case = len(protocol.runs) > 1
+        if worst_case or not protocol.runs:
+            robust = score(network, points, keys, size=sizes[0], mesh=mesh)
+        points["step_size"] = np.full(n, protocol.relative_step * threat.epsilon, np.float32)
+        for number, (objective, _) in enumerate(protocol.runs):
+            search = Ascent(OBJECTIVES[objective], protocol.steps, protocol.start, protocol.momentum)
+            keys = _keys(jax.random.fold_in(key, number), n)
+            left = np.flatnonzero(robust) if worst_case else np.arange(n)
+            for batch in run_search(search, network, points, keys, left, threat, sizes=sizes, mesh=mesh):
+                robust[batch.indices] = ~batch.fooled
+                if keep_images:
+                    adversarial[batch.indices] = batch.images
+    except InputError as error:
+        raise InputError(f"{error} (model {model.name})") from None
     return Result(robust, adversarial, time.perf_counter() - began)
 
 
@@ -169,7 +219,7 @@ def robustness_curve(model, variables, source, threat: ThreatModel, radii: list[
     Args:
       model, variables, source, threat, mesh, seed, batch_size: see `run_attack`.
       radii: in the units of epsilon, 0 for the clean images.
-      name: the attack, one of `PROTOCOLS`.
+      name: the attack, one of `PROTOCOLS` or `CASCADES`.
       known: radius -> accuracy that has been measured already.
     """
     accuracy = []
@@ -177,7 +227,7 @@ def robustness_curve(model, variables, source, threat: ThreatModel, radii: list[
         if known and radius in known:
             accuracy.append(known[radius])
             continue
-        protocol = PROTOCOLS[name if radius else "clean"]
+        protocol = (PROTOCOLS | CASCADES)[name if radius else "clean"]
         at_radius = dataclasses.replace(threat, epsilon=radius) if radius else threat
         accuracy.append(run_attack(
             model, variables, source, protocol, at_radius, mesh=mesh, seed=seed, batch_size=batch_size,
@@ -201,63 +251,29 @@ def predictions(model: Model, variables: dict, images: np.ndarray) -> np.ndarray
     return np.asarray(_predict(model, variables, jnp.asarray(images)))
 
 
-def _batches(source: Source, indices: np.ndarray, batch_size: int, mesh) -> Iterator[tuple[np.ndarray, slice, dict]]:
-    """Yields (indices, the rows that are theirs, sharded batch): equal batches, the last one padded by repeating images.
+def _equal_batches(n: int, batch_size: int) -> int:
+    """Returns the size of the fewest equal batches that hold n images."""
+    return math.ceil(n / math.ceil(n / batch_size))
 
-    The batch size depends on the whole source and not on how many indices are left, so that it is compiled for once.
-    """
-    count = math.ceil(len(source) / batch_size)
-    size = math.ceil(math.ceil(len(source) / count) / mesh.size) * mesh.size
+
+def _batches(source: Source, indices: np.ndarray, batch_size: int, mesh) -> Iterator[tuple[np.ndarray, slice, dict]]:
+    """Yields (indices, the rows that are theirs, sharded batch): equal batches, the last one padded by repeating images."""
+    size = math.ceil(_equal_batches(len(source), batch_size) / mesh.size) * mesh.size
     for first in range(0, len(indices), size):
         part = indices[first:first + size]
-        padded = np.resize(part, size)
-        batch = parallel.put_batch(source.batch(padded) | {"index": padded.astype(np.int32)}, mesh)
+        batch = parallel.put_batch(source.batch(np.resize(part, size)), mesh)
         yield part, slice(0, len(part)), batch | {"images": to_float(batch["images"])}
 
 
-def _climb(model, variables, key, batch, objective: str, protocol: Protocol, threat: ThreatModel) -> Array:
-    points = _start(key, batch["index"], batch["images"], threat, protocol.start)
-    step_size = protocol.relative_step * threat.epsilon
-    for first in range(0, protocol.steps, _CHUNK):
-        steps = min(_CHUNK, protocol.steps - first)
-        points = _advance(model, variables, batch, points, threat, step_size, objective, steps)
-    return points
-
-
-@functools.partial(jax.jit, static_argnames="kind")
-def _start(key: Array, index: Array, images: Array, threat: ThreatModel, kind: str) -> Array:
-    return threat.random_start(jax.vmap(jax.random.fold_in, (None, 0))(key, index), images, kind)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "objective", "steps"))
-def _advance(model, variables, batch, points, threat, step_size, objective: str, steps: int) -> Array:
-    def climb(images):
-        return OBJECTIVES[objective](model.apply(variables, images, train=False)[0], batch["labels"])
-
-    def body(points, _):
-        return attacks.ascent_step(climb, batch["images"], points, threat, step_size), None
-
-    return jax.lax.scan(body, points, length=steps, unroll=attacks.loop_unroll())[0]
-
-
-def _score(model: Model, variables: dict, images: Array, labels: Array, rows: slice) -> np.ndarray:
-    correct, finite = (np.asarray(flags)[rows] for flags in _correct(model, variables, images, labels))
-    if not np.all(finite):
-        raise InputError(
-            f"{np.sum(~finite)} of the {len(finite)} images of a batch get logits that are not finite from model {model.name}; "
-            "a comparison with NaN would count them as robust: check the checkpoint and its dtype")
-    return correct
+@functools.partial(jax.jit, static_argnums=1)
+def _keys(key: Array, n: int) -> Array:
+    """One key per image, by its index."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _predict(model, variables, images) -> Array:
     return jnp.argmax(model.apply(variables, images, train=False)[0], axis=-1)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _correct(model, variables, images, labels) -> tuple[Array, Array]:
-    logits, _ = model.apply(variables, images, train=False)
-    return objectives.correct(logits, labels), jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("student", "teacher"))

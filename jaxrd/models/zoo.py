@@ -11,6 +11,7 @@ import re
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from jaxrd.errors import InputError
 from jaxrd.models.batch_norm_sets import add_sets, replace_statistics, select_set
@@ -142,9 +143,17 @@ def _create(name, classes, image_shape, dtype, mean, std, sets) -> Model:
     return Model(name, classes, image_shape, init, apply, specification, sets)
 
 
-def logits_fn(model: Model, variables: Variables) -> Callable[[Array], Array]:
-    """Returns the function images -> logits of a model in eval mode: what attacks and alignment tools take."""
-    return lambda images: model.apply(variables, images, False)[0]
+def logits_fn(model: Model, variables: Variables) -> Partial:
+    """Returns the function images -> logits of a model in eval mode: what attacks and alignment tools take.
+
+    A pytree with the variables as leaves: as an argument of compiled code, one compilation serves all variables of a model.
+    """
+    return Partial(_evaluation(model), variables)
+
+
+@functools.lru_cache(maxsize=None)
+def _evaluation(model: Model) -> Callable[[Variables, Array], Array]:
+    return lambda variables, images: model.apply(variables, images, False)[0]
 
 
 def parameter_count(variables: Variables) -> int:

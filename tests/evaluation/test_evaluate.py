@@ -43,8 +43,8 @@ def test_the_record_is_what_stands_in_the_file(evaluated):
 
 def test_the_record_names_the_run_the_data_and_the_attacks(evaluated, tiny_teacher):
     workdir, record, lines = evaluated
-    assert set(record) == {"jaxrd", "run", "data", "threat", "accuracy", "attacks", "alignment", "training",
-                           "robustness_curve", "seconds"}
+    assert set(record) == {"jaxrd", "run", "data", "threat", "seed", "accuracy", "attacks", "alignment", "training",
+                           "robustness_curve", "seconds", "cascades"}
     assert record["run"] == {
         "workdir": str(workdir), "method": "ard", "student": "resnet6_w4", "teacher": str(tiny_teacher), "seed": 0,
         "parameters": models.parameter_count(models.restore(workdir)[1]), "step": 200, "checkpoint": "last",

@@ -119,7 +119,7 @@ def test_accuracy_of_a_linear_model_is_exact(norm, name):
     assert accuracies[0] - accuracies[-1] > 0.3 and accuracies[-1] > 0
 
 
-@pytest.mark.parametrize("steps", [3, robustness._CHUNK + 2])
+@pytest.mark.parametrize("steps", [1, 3, 12])
 def test_an_attack_takes_the_steps_of_its_protocol(steps):
     moved = linear(Protocol(("cross_entropy",), steps, 0.05), LINF, batch_size=N).images - IMAGES
     np.testing.assert_allclose(np.abs(moved), steps * 0.05 * LINF.epsilon, atol=1e-6)
@@ -169,9 +169,9 @@ def test_one_compilation_serves_every_radius_and_every_batch():
         attack(counted, LINEAR_VARIABLES, SOURCE, PROTOCOLS[name], ThreatModel("linf", epsilon), batch_size=16)
         return len(traces)
 
-    first = run("pgd20", 0.01)  # four batches, the last one padded, and two chunks of steps
+    first = run("pgd20", 0.01)  # four batches, the last one padded
     assert len(set(traces)) == 1 and first <= 3
-    assert run("pgd20", 0.02) == run("pgd10", 0.05) == first
+    assert run("pgd20", 0.02) == first
 
 
 def test_curve_starts_clean_falls_and_agrees_with_single_attacks():
@@ -212,7 +212,7 @@ def test_logits_that_are_not_finite_are_no_robustness(name, value):
     with pytest.raises(InputError) as caught:
         attack(LINEAR, broken, SOURCE, PROTOCOLS[name], batch_size=N)
     message = str(caught.value)
-    assert "\n" not in message and "linear" in message and "not finite" in message and "checkpoint" in message
+    assert "\n" not in message and "model linear" in message and "not finite" in message and "checkpoint" in message
 
 
 def test_images_without_finite_logits_are_counted_without_the_padding():
@@ -236,11 +236,5 @@ def test_every_protocol_names_its_objectives_and_explains_itself():
         assert len(protocol.runs) == len(protocol.objectives) * protocol.restarts
         if protocol.objectives:
             assert 0 < protocol.relative_step <= 1 and protocol.steps > 0
-            if protocol.steps > 1:  # long enough to cross the ball from any start
+            if protocol.start != "none":  # long enough to cross the ball from any start
                 assert protocol.steps * protocol.relative_step >= 2
-
-
-def test_cw_is_the_margin_up_to_its_confidence():
-    logits, labels = jnp.array([[0.0, 3.0], [0.0, 80.0], [5.0, 0.0]]), jnp.array([0, 0, 0])
-    np.testing.assert_array_equal(robustness.OBJECTIVES["cw"](logits, labels), [3, 50, -5])
-    assert robustness.OBJECTIVES["margin"] is objectives.margin

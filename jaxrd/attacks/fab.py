@@ -1,0 +1,216 @@
+"""FAB and FAB-T, the fast adaptive boundary attack (Croce & Hein 2020, "Minimally distorted adversarial examples with a fast
+adaptive boundary attack"): a search for the nearest adversarial image, of which the radius is only asked at the end.
+
+The algorithm is that of the official code, in which the paper's final search on the line to the image is absent:
+
+- A step takes the decision boundary for the hyperplane that it is to first order at the current point: towards one class (FAB-T,
+  one gradient), or towards the class whose hyperplane is nearest (FAB, one gradient per class).
+- Current point and image are projected onto it, inside the box, both displacements are stretched by 1.05, and the next point
+  lies between the two ends: at most a tenth of the way from the point's to the image's.
+- From an adversarial point, whatever its class, the search goes on a tenth closer to the image.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
+from jaxrd.attacks.projections import onto_hyperplane
+from jaxrd.attacks.search import AttackResult, Passes, Run, State, attack, check_count, step_keys, targets_of
+from jaxrd.errors import InputError
+from jaxrd.threat import ThreatModel
+
+Array = jax.Array
+
+_TINY = 1e-12
+_LARGE = 1e10  # the true class's distance to itself: beyond any other
+_MOST_TOWARDS_IMAGE = 0.1  # alpha_max
+_STRETCH = 1.05  # eta
+_BACKWARD = 0.9  # beta
+_ORDER = {"linf": jnp.inf, "l2": 2}
+_DUAL_ORDER = {"linf": 1, "l2": 2}
+
+
+def fab(
+    key: Array,
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array,
+    *,
+    threat: ThreatModel,
+    steps: int = 100,
+    target: Array | None = None,
+    restarts: int = 1,
+    targets: int = 0,
+) -> AttackResult:
+    """Searches for the nearest adversarial images by FAB; points already fooled, as they are or by an earlier run, are left alone.
+
+    Args:
+      key: one typed key, or [batch] typed keys (see `jaxrd.threat.example_keys`).
+      logits_fn: images [batch, h, w, c] -> logits [batch, classes]; a randomised one takes (images, key).
+      images: [batch, h, w, c] float32 inside the threat model's bounds.
+      labels: [batch] int, the true classes.
+      threat: "linf" or "l2", radius and bounds.
+      steps: steps of a run.
+      target: [batch] int, the class whose boundary is approached; with it or with `targets` any misclassification counts.
+      restarts: runs for each target; the first starts at the image, the others at random, half a radius from it.
+      targets: how many of the most likely wrong classes to aim at, one after the other (FAB-T), at most classes - 1; 0 with no
+        `target`: all classes at once (FAB), with a gradient for each of them in every step.
+
+    Returns:
+      `AttackResult`; its `loss` is minus the distance of the nearest adversarial image found, inside the radius or not, -inf
+      where none was found, and 0 where the image is misclassified as it is.
+
+    Raises:
+      InputError: arguments outside those ranges, images outside the bounds, labels that do not fit, logits that are not finite.
+
+    Example:
+      >>> logits_fn = lambda x: x.reshape(len(x), -1)
+      >>> result = fab(jax.random.key(0), logits_fn, jnp.array([[0.6, 0.5, 0.1]]).reshape(1, 1, 3, 1), jnp.array([0]),
+      ...              threat=ThreatModel("linf", 0.1))
+      >>> bool(result.fooled[0]), round(-float(result.loss[0]), 2)
+      (True, 0.05)
+    """
+    threat.check_images(images)
+    for name, value, least in (("steps", steps, 1), ("restarts", restarts, 1), ("targets", targets, 0)):
+        check_count(f"fab {name}", value, least)
+    network = as_network(logits_fn, images)
+    classes = classes_of(network, images)
+    if target is not None and targets:
+        raise InputError(f"fab targets is {targets} with target given; use one of them")
+    if target is not None:
+        _check_target(target, labels, classes)
+    search = Fab(targeted=target is not None or targets > 0, steps=steps, classes=classes, target_known=target is not None)
+    ranks = range(2, 2 + min(targets, classes - 1)) if targets else [0]
+    runs = [Run(search, rank, restart) for rank in ranks for restart in range(restarts)]
+    return attack(runs, key, network, images, labels, threat, target=target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fab:
+    """FAB as a `Search`: see `fab`.
+
+    Attributes:
+      targeted: whether one class's boundary is approached, that of the batch's "target" or "rank", instead of the nearest.
+      steps: steps.
+      classes: the number of classes; may be left out where `targeted`.
+      target_known: whether the batch has "target", so that no forward pass is needed to find it.
+    """
+
+    targeted: bool
+    steps: int = 100
+    classes: int = 0
+    target_known: bool = False
+    differentiates = True
+    stops_early = False
+
+    def __post_init__(self):
+        if not self.targeted and self.classes < 2:
+            raise InputError(f"fab classes is {self.classes}; give the number of classes, 2 or more, where targeted is False")
+
+    @property
+    def cost(self) -> dict[str, Passes]:
+        return {"start": Passes(int(self.targeted and not self.target_known)),
+                "step": Passes(2, 1 if self.targeted else self.classes), "finish": Passes()}
+
+    def value(self, logits: Array, labels: Array) -> Array:
+        return jnp.zeros(labels.shape, jnp.float32)
+
+    def rows(self) -> Any:
+        return np.arange(1, self.steps + 1, dtype=np.int32)
+
+    def start(self, network: Network, batch: State, threat: ThreatModel) -> State:
+        images, labels = batch["images"], batch["labels"]
+        state = {name: batch[name] for name in ("images", "labels", "key")}
+        if self.targeted:
+            state["target"] = targets_of(network, batch)
+        points = jnp.where(_wide(batch["restart"] > 0), _random_start(step_keys(batch, 0), images, threat), images)
+        return state | {
+            "points": points, "nearest": images, "distance": jnp.full(labels.shape, jnp.inf, jnp.float32),
+            "finite": jnp.ones(labels.shape, bool)}
+
+    def step(self, network: Network, state: State, row: Any, threat: ThreatModel) -> State:
+        images, labels, shape = state["images"], state["labels"], state["images"].shape
+        boundary = self._boundary_to_target if self.targeted else self._nearest_boundary
+        gap, normal, finite = boundary(network, state, step_keys(state, 2 * row), threat)
+
+        flat = (2, shape[0], -1)
+        both = jnp.stack([state["points"], images]).reshape(flat)
+        normal = normal.reshape(flat[1:])
+        excess = jnp.stack([gap, gap + jnp.sum(normal * (both[1] - both[0]), axis=-1)])
+        displacement = onto_hyperplane(both, normal, excess, threat.norm, threat.bounds)
+        length = jnp.maximum(jnp.linalg.norm(displacement, _ORDER[threat.norm], axis=-1), 1e-8)
+        weight = _wide(jnp.minimum(length[0] / (length[0] + length[1]), _MOST_TOWARDS_IMAGE))
+        from_point, from_image = (both + _STRETCH * displacement).reshape(2, *shape)
+        moved = jnp.clip((1 - weight) * from_point + weight * from_image, *threat.bounds)
+
+        logits = network(moved, step_keys(state, 2 * row + 1))
+        adversarial = jnp.argmax(logits, axis=-1) != labels
+        distance = threat.distance(images, moved)
+        nearer = adversarial & (distance < state["distance"])
+        return state | {
+            "points": jnp.where(_wide(adversarial), images + _BACKWARD * (moved - images), moved),
+            "nearest": jnp.where(_wide(nearer), moved, state["nearest"]),
+            "distance": jnp.where(nearer, distance, state["distance"]),
+            "finite": state["finite"] & finite & jnp.all(jnp.isfinite(logits), axis=-1)}
+
+    def finish(self, network: Network, state: State, threat: ThreatModel) -> AttackResult:
+        return AttackResult(state["nearest"], state["distance"] <= threat.epsilon, -state["distance"])
+
+    def _boundary_to_target(self, network, state, keys, threat):
+        """Returns (z_t - z_y [batch], its gradient [batch, h, w, c], whether the logits are finite [batch]) at the points."""
+
+        def gap(points):
+            logits = network(points, keys)
+            gap = _at(logits, state["target"]) - _at(logits, state["labels"])
+            return jnp.sum(gap), (gap, jnp.all(jnp.isfinite(logits), axis=-1))
+
+        normal, (gap, finite) = jax.grad(gap, has_aux=True)(state["points"])
+        return gap, normal, finite
+
+    def _nearest_boundary(self, network, state, keys, threat):
+        """The same for the class t whose |z_t - z_y| / ||gradient||_dual is the smallest."""
+        labels = state["labels"]
+        logits, pullback = jax.vjp(lambda points: network(points, keys), state["points"])
+        seeds = jnp.broadcast_to(jnp.eye(self.classes)[:, None], (self.classes, *logits.shape))
+        gradients = jax.vmap(pullback)(seeds)[0].reshape(self.classes, len(labels), -1)
+        rows = jnp.arange(len(labels))
+        gaps, normals = logits.T - _at(logits, labels), gradients - gradients[labels, rows]
+        gaps = jnp.where(jnp.arange(self.classes)[:, None] == labels, _LARGE, gaps)
+        nearest = jnp.argmin(jnp.abs(gaps) / (jnp.linalg.norm(normals, _DUAL_ORDER[threat.norm], axis=-1) + _TINY), axis=0)
+        return gaps[nearest, rows], normals[nearest, rows], jnp.all(jnp.isfinite(logits), axis=-1)
+
+
+def _random_start(keys, images, threat):
+    """The images moved by a random direction of half the radius's length, then into the bounds."""
+    draw = jax.random.normal if threat.norm == "l2" else lambda key, shape: jax.random.uniform(key, shape, minval=-1.0)
+    noise = jax.vmap(lambda key: draw(key, (int(np.prod(images.shape[1:])),)))(keys)
+    length = jnp.linalg.norm(noise, _ORDER[threat.norm], axis=1, keepdims=True) + _TINY
+    return jnp.clip(images + (threat.epsilon / 2 * noise / length).reshape(images.shape), *threat.bounds)
+
+
+def _check_target(target, labels, classes):
+    """Raises InputError where `target` is not one wrong class per label; values are read from concrete arrays only."""
+    shape, dtype = jnp.shape(target), jnp.asarray(target).dtype
+    if shape != jnp.shape(labels) or not jnp.issubdtype(dtype, jnp.integer):
+        raise InputError(f"fab target is {dtype}{list(shape)}; give one integer for each label, {list(jnp.shape(labels))}")
+    if isinstance(target, jax.core.Tracer) or isinstance(labels, jax.core.Tracer):
+        return
+    target = np.asarray(target)
+    outside = (target < 0) | (target >= classes)
+    if outside.any():
+        raise InputError(f"fab target has {target[outside][0]}, but logits_fn has {classes} classes; "
+                         f"give classes from 0 to {classes - 1}")
+    if (same := target == np.asarray(labels)).any():
+        raise InputError(f"fab target is {target[same][0]} for an image of that class; give another class")
+
+
+def _at(logits, labels):
+    return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+
+def _wide(values):
+    return values[:, None, None, None]
