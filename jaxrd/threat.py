@@ -8,7 +8,6 @@ import dataclasses
 import math
 import numbers
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,6 +147,8 @@ class ThreatModel:
 
         The range is read from concrete arrays only; under a transformation there are no values to read.
         """
+        if not hasattr(images, "ndim"):
+            raise InputError(f"images are a {type(images).__name__}; give an array, float32 [batch, height, width, channel]")
         if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(
                 f"images are {images.dtype}{list(images.shape)}; give float32 [batch, height, width, channel] in {self.bounds}")
@@ -173,12 +174,15 @@ def example_keys(key: Array, batch: int) -> Array:
     the batch it came in, is what makes results independent of batch size, padding and device count.
 
     Raises:
-      InputError: a raw key, an array of uint32.
+      InputError: a raw key, an array of uint32; another number of keys.
     """
+    if not hasattr(key, "dtype"):
+        raise InputError(f"key is {key!r}; make a typed one, such as jax.random.key(0)")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise InputError(f"key is a raw {key.dtype} array; make a typed one, such as jax.random.key(0)")
+    if key.ndim and key.shape != (batch,):
+        raise InputError(f"key is {list(key.shape)} typed keys; give a single one, or one for each of the {batch} images")
     if key.ndim:
-        chex.assert_shape(key, (batch,))
         return key
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(batch))
 

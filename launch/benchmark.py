@@ -6,9 +6,13 @@ nothing, and from a persistent cache that the first one filled. An untrained tea
 its architecture: --teacher_model=resnet6_w32.
 
     python -m launch.benchmark --config=configs/digits.py:ard+igdm --methods=pgd_at,ard,adaad,path      steps side by side
+    python -m launch.benchmark --config=configs/digits.py:ard --attacks=apgd-ce,apgd-t,fab-t,square     AutoAttack, images/s
 """
 
+import atexit
+import dataclasses
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -17,17 +21,22 @@ from absl import flags
 
 from launch import command
 
-_REPEATS = flags.DEFINE_integer("repeats", 30, "Timed calls of each part; the median is printed.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", None, "Timed calls of each part, 30 by default (5 with --attacks); the median is printed.", lower_bound=1)
 _TEACHER_MODEL = flags.DEFINE_string(
     "teacher_model", None, "Architecture of an untrained teacher to time instead of config.teacher.")
 _METHODS = flags.DEFINE_list(
     "methods", None, "Time whole steps of these methods, side by side, instead of the parts of one.")
+_ATTACKS = flags.DEFINE_list(
+    "attacks", None, "Time these attacks of AutoAttack on the student: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.")
 
 
 def main() -> None:
     config = command.config()
     if _METHODS.value:
         compare(config, [name.strip() for name in _METHODS.value])
+    elif _ATTACKS.value:
+        attacks_on(config, [name.strip() for name in _ATTACKS.value])
     else:
         parts_of(config)
 
@@ -47,7 +56,7 @@ def compare(config, names: list[str]) -> None:
         began = time.perf_counter()
         train_step = steps.make_train_step(recipe, mesh).lower(state, teacher_variables, batch).compile()
         running[name] = [train_step, state, teacher_variables, batch, time.perf_counter() - began, []]
-    for turn in range(_REPEATS.value + 1):
+    for turn in range(_repeats() + 1):
         for entry in running.values():
             train_step, state, teacher_variables, batch, _, seconds = entry
             began = time.perf_counter()
@@ -56,12 +65,87 @@ def compare(config, names: list[str]) -> None:
             if turn:
                 seconds.append(time.perf_counter() - began)
     print(f"{config.student}, batch {config.training.batch_size}, {config.attack.steps} attack steps, "
-          f"{mesh.size} {jax.default_backend()} device(s), {os.cpu_count()} cores; medians of {_REPEATS.value}, in turn")
+          f"{mesh.size} {jax.default_backend()} device(s), {os.cpu_count()} cores; medians of {_repeats()}, in turn")
     first = statistics.median(running[names[0]][-1])
     print(f"  {'method':<20}{'ms per step':>12}{'of ' + names[0]:>14}{'compilation':>14}")
     for name, (*_, compilation, seconds) in running.items():
         median = statistics.median(seconds)
         print(f"  {name:<20}{1e3 * median:>12.2f}{median / first:>13.2f}x{compilation:>12.1f} s")
+
+
+def attacks_on(config, names: list[str]) -> None:
+    """Prints how many images of each attack of AutoAttack a second sees to the end, for images that stay robust.
+
+    The student is untrained and the radius next to nothing, so that no point is ever broken: what is timed is the most that an
+    image can cost. Square is timed over its first 500 queries.
+    """
+    import jax
+    import numpy as np
+
+    _use_fresh_cache()
+    from jaxrd import models
+    from jaxrd.attacks.autoattack import cascade
+    from jaxrd.attacks.network import as_network
+    from jaxrd.attacks.search import run_search
+    from jaxrd.data.augment import to_float
+    from jaxrd.threat import ThreatModel, example_keys
+    from jaxrd.training import loop
+
+    dataset, _ = loop.open_data(config)
+    source = dataset.test
+    images = np.asarray(to_float(source.images[:250]))
+    model = models.create(config.student, classes=source.classes, image_shape=source.image_shape)
+    network = as_network(models.logits_fn(model, model.init(jax.random.key(0))), images)
+    points = {"images": images, "labels": np.asarray(np.argmax(network(images), axis=1), np.int32)}
+    keys, indices, sizes = example_keys(jax.random.key(0), len(images)), np.arange(len(images)), [len(images)]
+    threat = ThreatModel(config.threat.norm, 1e-6)
+    stages, _ = cascade(names, source.classes)
+
+    def timed(stage):
+        run = stage.runs[0]
+        if stage.name == "square":
+            run = run._replace(search=dataclasses.replace(run.search, queries=500))
+        factors[stage.name] = stage.runs[0].search.steps / run.search.steps * len(stage.runs)
+        began = time.perf_counter()
+        list(run_search(run.search, network, run.points(points), run.keys(keys), indices, threat, sizes=sizes))
+        return time.perf_counter() - began
+
+    factors = {}
+    colds = {stage.name: timed(stage) for stage in stages}
+    jax.clear_caches()
+    warms = {stage.name: timed(stage) for stage in stages}
+    seconds = {stage.name: [] for stage in stages}
+    for _ in range(_repeats(5)):
+        for stage in stages:
+            seconds[stage.name].append(timed(stage))
+    print(f"{config.student}, {len(images)} images a batch, {threat.norm}, {jax.default_backend()}, {os.cpu_count()} cores; "
+          f"medians of {_repeats(5)}, in turn")
+    print(f"  {'attack':<12}{'runs':>5}{'forwards':>10}{'backwards':>10}{'ms per image':>14}{'images/s':>10}"
+          f"{'compilation':>13}{'cached':>8}")
+    total = 0.0
+    for stage in stages:
+        median, search = statistics.median(seconds[stage.name]), stage.runs[0].search
+        each = median * factors[stage.name] / len(images)
+        total += each
+        forwards, backwards = len(stage.runs) * np.array(search.cost["start"]) + len(stage.runs) * search.steps * np.array(
+            search.cost["step"])
+        print(f"  {stage.name:<12}{len(stage.runs):>5}{forwards:>10,}{backwards:>10,}{1e3 * each:>14.2f}{1 / each:>10,.1f}"
+              f"{colds[stage.name] - median:>11.1f} s{warms[stage.name] - median:>6.1f} s")
+    print(f"  {'all':<12}{'':>25}{1e3 * total:>14.2f}{1 / total:>10,.1f}")
+
+
+def _use_fresh_cache() -> None:
+    """Has compiled programs kept in a directory of this process alone."""
+    import jax
+
+    cache = tempfile.mkdtemp(prefix="jaxrd-benchmark-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _repeats(default: int = 30) -> int:
+    return _REPEATS.value or default
 
 
 def _prepare(config, mesh):
@@ -87,10 +171,7 @@ def _prepare(config, mesh):
 def parts_of(config) -> None:
     import jax
 
-    cache = tempfile.TemporaryDirectory(prefix="jaxrd-benchmark-")
-    jax.config.update("jax_compilation_cache_dir", cache.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
+    _use_fresh_cache()
     from jaxrd import attacks
     from jaxrd.training import parallel, step as steps
 
@@ -138,7 +219,7 @@ def parts_of(config) -> None:
     unrolled = attacks.loop_unroll() is True
     flops = (train_step.cost_analysis() or {}).get("flops", 0.0) if unrolled else 0.0
     print(f"{recipe.method.name}: {config.student}, batch {config.training.batch_size}, "
-          f"{mesh.size} {jax.default_backend()} device(s), {os.cpu_count()} cores; medians of {_REPEATS.value}")
+          f"{mesh.size} {jax.default_backend()} device(s), {os.cpu_count()} cores; medians of {_repeats()}")
     for name, seconds in times.items():
         print(f"  {name:<32}{1e3 * seconds:9.2f} ms")
     print(f"  {'whole step':<32}{1e3 * total:9.2f} ms   {config.training.batch_size / total:,.0f} images/s"
@@ -150,7 +231,7 @@ def _median(call) -> float:
     """Seconds of a call that waits for its result: the median over repetitions after a first one that compiles."""
     call()
     seconds = []
-    for _ in range(_REPEATS.value):
+    for _ in range(_repeats()):
         began = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - began)

@@ -185,8 +185,8 @@ def test_example_keys_are_folds_of_one_key_and_pass_through_when_given():
     folds = [jax.random.fold_in(jax.random.key(3), index) for index in range(4)]
     np.testing.assert_array_equal(jax.random.key_data(keys), np.stack([jax.random.key_data(fold) for fold in folds]))
     assert example_keys(keys, 4) is keys
-    with pytest.raises(AssertionError):
-        example_keys(keys, 3)
+    assert_input_error(lambda: example_keys(keys, 3), "[4] typed keys", "3 images")
+    assert_input_error(lambda: example_keys(0, 3), "key is 0", "jax.random.key(")
 
 
 def test_a_raw_key_is_refused():

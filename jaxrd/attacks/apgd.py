@@ -4,9 +4,9 @@ robustness with an ensemble of diverse parameter-free attacks").
 The algorithm is that of the official code, quirks included, where the paper leaves a choice:
 
 - It starts with one pixel at least on the border of the L-infinity ball, or on the sphere for L2.
-- Its step, 2 epsilon at first, is halved at fixed checkpoints and per point: where less than 3/4 of the steps since the last
-  checkpoint have raised the loss, or where neither the step nor the best loss has changed since. A halved point goes on from the
-  best point so far; the momentum still refers to the iterate before.
+- Its step, 2 epsilon at first, is halved at fixed checkpoints and per point: where at most 3/4 of the steps since the last
+  checkpoint have raised the loss, or where neither the step nor the best loss has changed since. A halved point goes on from
+  the best point so far; the momentum still refers to the iterate before.
 - The loss before the first step counts as 0 when steps that raise it are counted.
 - With EOT the gradient is a mean, loss and prediction are those of the last pass.
 - A point that is misclassified is searched on; the latest adversarial point is the one returned.
@@ -23,7 +23,9 @@ import numpy as np
 from jaxrd import objectives
 from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
 from jaxrd.attacks.pgd import loop_unroll
-from jaxrd.attacks.search import AttackResult, Passes, Run, State, attack, check_count, step_keys, targets_of
+from jaxrd.attacks.results import AttackResult
+from jaxrd.attacks.search import (
+    Passes, Run, State, attack, check_classes, check_count, check_labels, check_target, step_keys, targets_of)
 from jaxrd.errors import InputError, choose
 from jaxrd.threat import ThreatModel
 
@@ -34,7 +36,6 @@ _MOMENTUM = 0.75  # weight of the gradient step; the rest is the step before
 _RAISED = 0.75  # share of steps that must have raised the loss
 _LOSSES = {"ce": objectives.cross_entropy, "dlr": objectives.dlr, "margin": objectives.margin,
            "dlr-targeted": objectives.targeted_dlr}
-_CLASSES = {"dlr": 3, "dlr-targeted": 4}  # the least number of classes that a loss is defined for
 
 
 def apgd(
@@ -89,23 +90,33 @@ def apgd(
         check_count(f"apgd {name}", value)
     network = as_network(logits_fn, images)
     classes = classes_of(network, images)
-    check_classes(loss, classes)
+    check_classes("apgd loss", loss, classes)
     if target is not None and loss != "dlr-targeted":
         raise InputError(f'apgd target is given with loss "{loss}", which has none; use loss="dlr-targeted"')
     if x_init is not None and restarts > 1:
         raise InputError(f"apgd restarts is {restarts} with x_init; they would all be the same run: use restarts=1")
-    if x_init is not None and jnp.shape(x_init) != jnp.shape(images):
-        raise InputError(f"apgd x_init is {list(jnp.shape(x_init))}; give one start per image, {list(images.shape)}")
+    if x_init is not None:
+        _check_start(x_init, images, threat)
+    if target is not None:
+        check_labels(labels, images, classes)
+        check_target("apgd target", target, labels, classes)
     ranks = range(2, 2 + min(targets, classes - 1)) if loss == "dlr-targeted" and target is None else [0]
     runs = [Run(Apgd(loss, steps, eot), rank, restart) for rank in ranks for restart in range(restarts)]
     return attack(runs, key, network, images, labels, threat, target=target, start=x_init)
 
 
-def check_classes(loss: str, classes: int) -> None:
-    """Raises InputError where a loss is not defined for so few classes."""
-    if classes < (least := _CLASSES.get(loss, 2)):
-        raise InputError(f'apgd loss is "{loss}", which needs {least} classes; logits_fn has {classes}: use "ce" or "margin"'
-                         + (' or "dlr"' if classes == 3 else ""))
+def _check_start(x_init, images, threat) -> None:
+    if jnp.shape(x_init) != jnp.shape(images):
+        raise InputError(f"apgd x_init is {list(jnp.shape(x_init))}; give one start per image, {list(images.shape)}")
+    if any(isinstance(value, jax.core.Tracer) for value in (x_init, images, threat.epsilon)):
+        return
+    start, low, high = np.asarray(x_init), *threat.bounds
+    away = float(np.max(threat.distance(jnp.asarray(images), jnp.asarray(start)), initial=0.0))
+    inside = np.all((low - 1e-6 <= start) & (start <= high + 1e-6))  # not where it is NaN
+    if not (inside and away <= threat.epsilon * (1 + 1e-5)):
+        raise InputError(
+            f"apgd x_init reaches from {start.min():g} to {start.max():g} and up to {away:g} from the images; it must lie in "
+            f"{threat.bounds} and within epsilon = {threat.epsilon:g}")
 
 
 @functools.cache
@@ -153,7 +164,8 @@ class Apgd:
         none = jnp.zeros(labels.shape, bool)
         zero = jnp.zeros(labels.shape, jnp.float32)
         return state | {
-            "points": points, "before": points, "gradients": gradients, "step_size": jnp.full(labels.shape, 2.0 * threat.epsilon),
+            "points": points, "before": points, "gradients": gradients,
+            "step_size": jnp.full(labels.shape, 2.0 * threat.epsilon),
             "best": points, "best_loss": loss, "best_gradients": gradients, "adversarial": points, "fooled": ~right,
             "loss": zero, "raised": zero, "loss_at_check": loss, "halved": ~none, "finite": finite,
             "zero_gradient": jnp.max(jnp.abs(gradients), axis=(1, 2, 3)) == 0}

@@ -8,17 +8,15 @@
 Each attack starts from the clean image of every point that is still classified correctly, so the accuracy after each stage is
 that of the worst case over the attacks so far. Two things differ from the official code. Random numbers follow each point's
 index and not the batch that it came in, so results do not depend on batch size or devices; with this, Square draws its windows
-for each image, as its paper has it. And points are gathered anew for each target and restart over the whole data set, so no pass
-is spent on a point that is broken already.
+for each image, as its paper has it. And points are gathered anew for each target and restart over the whole data set, so no
+pass is spent on a point that is broken already.
 """
 
 import dataclasses
-import json
-import os
 import pathlib
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +27,11 @@ import jaxrd
 from jaxrd.attacks import trust
 from jaxrd.attacks.apgd import Apgd
 from jaxrd.attacks.fab import Fab
-from jaxrd.attacks.network import LogitsFn, as_network, classes_of
+from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
 from jaxrd.attacks.progress import Progress
 from jaxrd.attacks.records import Record, Records, fingerprint
-from jaxrd.attacks.search import Run, batch_sizes, check_count, check_labels, fold, run_search, score
+from jaxrd.attacks.results import AutoAttackResult
+from jaxrd.attacks.search import LEAST_CLASSES, Run, batch_sizes, check_count, check_labels, fold, run_search, score
 from jaxrd.attacks.square import Square
 from jaxrd.errors import InputError, choose
 from jaxrd.threat import ThreatModel, example_keys
@@ -55,90 +54,6 @@ class Stage:
 
     name: str
     runs: tuple[Run, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoAttackResult:
-    """What a cascade found, on the host.
-
-    Attributes:
-      images: [n, h, w, c] float32, adversarial where one was found, else the clean ones.
-      labels: [n] int32.
-      robust: [n] bool, still classified correctly.
-      clean_correct: [n] bool.
-      attack_index: [n] int, the place in `stages` of what broke the point: 0 (clean) where it was wrong already; -1: robust.
-      stages: ("clean", then the attacks in their order).
-      per_attack_accuracy: stage -> accuracy after it.
-      distances: [n] float32, of `images` to the clean ones in the threat model's norm.
-      index: [n] int, what the random numbers of each point followed.
-      flags: what makes the numbers doubtful, one line each; empty is good.
-      passes: stage -> (forward, backward) passes through the network, in images.
-      zero_gradients: stage -> points whose gradient was exactly 0 at a start, for the attacks by gradient.
-      seconds: stage -> wall time, of all sittings together.
-      rescored_accuracy: accuracy on `images` in a pass of its own.
-      version: of the cascade, or the attacks' names joined by "+".
-      threat: norm, radius, bounds.
-      metadata: fingerprints of model, data and configuration, and the versions of jaxrd and jax.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    robust: np.ndarray
-    clean_correct: np.ndarray
-    attack_index: np.ndarray
-    stages: tuple[str, ...]
-    per_attack_accuracy: dict[str, float]
-    distances: np.ndarray
-    index: np.ndarray
-    flags: list[str]
-    passes: dict[str, tuple[int, int]]
-    zero_gradients: dict[str, int]
-    seconds: dict[str, float]
-    rescored_accuracy: float
-    version: str
-    threat: ThreatModel
-    metadata: dict
-
-    @property
-    def accuracy(self) -> float:
-        """Robust accuracy."""
-        return float(np.mean(self.robust))
-
-    def save(self, path: str | pathlib.Path) -> pathlib.Path:
-        """Writes everything to one .npz: arrays by name (images as float32: eight bits would undo attacks), the rest as JSON
-        under "metadata". Returns the path; a kill leaves the old file or the new one.
-        """
-        path = pathlib.Path(path)
-        if path.suffix != ".npz":
-            raise InputError(f'result path "{path}" must end in .npz')
-        rest = {name: getattr(self, name) for name in _REST} | {"threat": dataclasses.asdict(self.threat)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, metadata=json.dumps(rest), **{name: getattr(self, name) for name in _ARRAYS})
-        os.replace(temporary, path)
-        return path
-
-    @classmethod
-    def load(cls, path: str | pathlib.Path) -> "AutoAttackResult":
-        """Reads what `save` wrote; raises InputError where the file is missing, damaged or another one."""
-        try:
-            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                rest = json.loads(str(file["metadata"]))
-                arrays = {name: file[name] for name in _ARRAYS}
-            threat = rest.pop("threat")
-            rest |= {"threat": ThreatModel(threat["norm"], threat["epsilon"], tuple(threat["bounds"])),
-                     "stages": tuple(rest["stages"]), "passes": {name: tuple(pair) for name, pair in rest["passes"].items()}}
-            return cls(**arrays, **rest)
-        except FileNotFoundError:
-            raise InputError(f'result path "{path}" does not exist; it is what AutoAttackResult.save wrote') from None
-        except Exception as error:  # whatever a damaged zip, array or JSON raises
-            line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path} is no saved AutoAttackResult, or is damaged ({line}); run the evaluation again") from None
-
-
-_ARRAYS = ("images", "labels", "robust", "clean_correct", "attack_index", "distances", "index")
-_REST = tuple(field.name for field in dataclasses.fields(AutoAttackResult) if field.name not in (*_ARRAYS, "threat"))
 
 
 def autoattack(
@@ -185,9 +100,8 @@ def autoattack(
     """
     threat.check_images(images)
     network = as_network(logits_fn, images)
-    classes = classes_of(network, images)
     labels = np.asarray(labels)
-    check_labels(labels, images, classes)
+    check_labels(labels, images, classes := classes_of(network, images))
     check_count("autoattack batch_size", batch_size)
     points = {"images": np.asarray(images, np.float32), "labels": labels.astype(np.int32)}
     n = len(labels)
@@ -200,61 +114,59 @@ def autoattack(
     if mesh is not None:
         network = jax.device_put(network, NamedSharding(mesh, PartitionSpec()))
     sizes = batch_sizes(min(batch_size, n), 1 if mesh is None else mesh.size)
-    judge = {"size": sizes[0], "mesh": mesh}
+    job = _Job(network, points, keys, threat, sizes, mesh)
 
     began = time.perf_counter()
-    robust = score(network, points, keys, **judge)
+    robust = job.score(points["images"], np.arange(n))
     few = slice(0, sizes[0])
     flags += trust.inspect(logits_fn, network, points["images"][few], keys[few], randomised=version == "rand")
+    configuration = {
+        "version": version, "norm": threat.norm, "epsilon": float(threat.epsilon), "bounds": list(threat.bounds),
+        "attacks": {stage.name: f"{len(stage.runs)} x {stage.runs[0].search}" for stage in stages}}
     metadata = {"jaxrd": jaxrd.__version__, "jax": jax.__version__, **fingerprint(
-        network, points, keys, {"version": version, "attacks": [repr(stage) for stage in stages], "norm": threat.norm,
-                                "epsilon": float(threat.epsilon), "bounds": list(threat.bounds)})}
+        network, points, keys, configuration, sizes[0])}
     records = Records.open(resume, metadata, n, points["images"].shape[1:])
-    for flag in flags:
-        _warn(say, flag)
+    if say and records.finished:
+        say(f"going on after {records.finished} finished batches of {resume}")
+    _warn(say, flags)
 
-    adversarial, clean_correct = points["images"].copy(), robust.copy()
-    attack_index = np.where(robust, -1, 0)
-    accuracy, passes, zero_gradients, attacked = {"clean": float(np.mean(robust))}, {"clean": (n, 0)}, {}, {}
-    seconds = {"clean": time.perf_counter() - began}
+    adversarial, clean_correct, attack_index = points["images"].copy(), robust.copy(), np.where(robust, -1, 0)
+    accuracy, tallies = {"clean": float(np.mean(robust))}, {"clean": _Tally(n, n, 0, 0, time.perf_counter() - began)}
     for place, stage in enumerate(stages, 1):
-        stage_keys = fold(keys, np.uint32(zlib.crc32(stage.name.encode())))
-        spent, zero, count, took = np.zeros(2, int), 0, 0, 0.0
+        tally = tallies[stage.name] = _Tally()
         with Progress(say, stage.name, len(stage.runs), n) as progress:
-            for number, run in enumerate(stage.runs):
+            for number in range(len(stage.runs)):
                 left = np.flatnonzero(robust)
                 progress.begin(number, len(left))
-                for record in _batches(run, number, stage, network, points, stage_keys, left, threat, sizes, mesh, records, judge):
+                for record in job.batches(stage, number, left, records):
                     broken = record.indices[record.fooled]
                     adversarial[broken], robust[broken], attack_index[broken] = record.images, False, place
-                    spent, took = spent + (record.forwards, record.backwards), took + record.seconds
-                    zero, count = zero + record.zero_gradients, count + len(record.indices)
+                    tally.add(record)
                     progress.batch(len(record.indices), int(np.sum(robust)))
-        accuracy[stage.name], passes[stage.name] = float(np.mean(robust)), (int(spent[0]), int(spent[1]))
-        seconds[stage.name], attacked[stage.name] = took, count
-        if isinstance(stage.runs[0].search, Apgd):
-            zero_gradients[stage.name] = zero
+        accuracy[stage.name] = float(np.mean(robust))
+    zero_gradients = {stage.name: tallies[stage.name].zero_gradients for stage in stages
+                      if isinstance(stage.runs[0].search, Apgd)}
     by_gradient = {stage.name for stage in stages if stage.runs[0].search.differentiates}
-    late = trust.review(accuracy, zero_gradients, attacked, by_gradient, n)
-    rescored = float(np.mean(score(network, points | {"images": adversarial}, keys, **judge)))
-    if rescored != np.mean(robust) and not network.randomised:
-        late.append(f"re-scoring: the returned images score {rescored:.2%}, the attacks reported {np.mean(robust):.2%}; the network "
-                    "does not give the same answer twice")
-    for flag in late:
-        _warn(say, flag)
+    late = trust.review(accuracy, zero_gradients, {name: tally.points for name, tally in tallies.items()}, by_gradient, n)
+    rescored = float(np.mean(job.score(adversarial, np.arange(n))))
+    if rescored != accuracy[stages[-1].name] and not network.randomised:
+        late.append(f"re-scoring: the returned images score {rescored:.2%}, the attacks reported {np.mean(robust):.2%}; the "
+                    "network does not give the same answer twice")
+    _warn(say, late)
     return AutoAttackResult(
         images=adversarial, labels=points["labels"], robust=robust, clean_correct=clean_correct, attack_index=attack_index,
-        stages=("clean", *(stage.name for stage in stages)), per_attack_accuracy=accuracy,
-        distances=np.asarray(threat.distance(points["images"], adversarial), np.float32), index=index, flags=flags + late,
-        passes=passes, zero_gradients=zero_gradients, seconds={name: round(value, 3) for name, value in seconds.items()},
-        rescored_accuracy=rescored, version=version, threat=threat, metadata=metadata)
+        stages=tuple(accuracy), per_attack_accuracy=accuracy, index=index, flags=flags + late,
+        distances=np.asarray(threat.distance(points["images"], adversarial), np.float32),
+        passes={name: (tally.forwards, tally.backwards) for name, tally in tallies.items()}, zero_gradients=zero_gradients,
+        seconds={name: round(tally.seconds, 3) for name, tally in tallies.items()}, rescored_accuracy=rescored,
+        version=version, threat=threat, metadata=metadata)
 
 
 def cascade(version: str | Sequence[str], classes: int) -> tuple[list[Stage], list[str]]:
     """Returns the stages of a version and the flags about what had to change for so few classes.
 
-    DLR is defined for 3 classes and more, targeted DLR for 4. Below, the untargeted loss takes the place of the targeted one, and
-    the margin that of DLR; targets are at most the wrong classes there are.
+    DLR is defined for 3 classes and more, targeted DLR for 4. Below, the untargeted loss takes the place of the targeted one,
+    and the margin that of DLR; targets are at most the wrong classes there are.
 
     Args:
       version: a name, or names of attacks.
@@ -277,9 +189,9 @@ def cascade(version: str | Sequence[str], classes: int) -> tuple[list[Stage], li
     stages, flags = [], []
     for name in names:
         loss = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-targeted"}.get(name)
-        if loss == "dlr-targeted" and classes < 4 or loss == "dlr" and classes < 3:
+        if classes < LEAST_CLASSES.get(loss, 2):
             given = "dlr" if classes == 3 else "margin"
-            flags.append(f"classes: {classes} are too few for the loss of {name}; one run of APGD on "
+            flags.append(f"classes: {classes} are too few for the loss of {name}; APGD on "
                          f"{'DLR' if given == 'dlr' else 'the margin'} takes its place")
             loss = given
         if loss == "dlr-targeted":
@@ -300,26 +212,59 @@ def _targeted(search, targets):
     return [Run(search, rank) for rank in range(2, 2 + targets)]
 
 
-def _batches(run, number, stage, network, points, keys, left, threat, sizes, mesh, records, judge):
-    """Yields the batches of a run: first those on record, then the others as they are attacked, and puts them on record."""
-    done = records.of(stage.name, number, left)
-    yield from done
-    left = np.setdiff1d(left, np.concatenate([left[:0], *(record.indices for record in done)]))
-    began = time.perf_counter()
-    for found in run_search(run.search, network, run.points(points), run.keys(keys), left, threat, sizes=sizes, mesh=mesh):
-        fooled, forwards = found.fooled.copy(), found.forwards
-        hits = np.flatnonzero(fooled)
-        if len(hits) and not network.randomised:
-            # A point on the border may change sides with the shape of its batch: what counts is the pass that scores all images.
-            rows = found.indices[hits]
-            fooled[hits] = ~score(network, {"images": found.images[hits], "labels": points["labels"][rows]}, keys[rows], **judge)
-            forwards += len(hits)
-        now = time.perf_counter()
-        record = Record(stage.name, number, found.indices, fooled, found.images[fooled], forwards, found.backwards,
-                        found.zero_gradients, now - began)
-        began = now
-        records.add(record)
-        yield record
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What all attacks of an evaluation work on, and how."""
+
+    network: Network
+    points: dict[str, np.ndarray]
+    keys: Array
+    threat: ThreatModel
+    sizes: list[int]
+    mesh: Mesh | None
+
+    def score(self, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Returns whether the network is right about `images`, which stand for the points `rows`; always in the same shape."""
+        labelled = {"images": images, "labels": self.points["labels"][rows]}
+        return score(self.network, labelled, self.keys[rows], size=self.sizes[0], mesh=self.mesh)
+
+    def batches(self, stage: Stage, number: int, left: np.ndarray, records: Records) -> Iterator[Record]:
+        """Yields the batches of a run: those on record first, then the others, which it puts on record."""
+        done = records.of(stage.name, number, left)
+        yield from done
+        left = np.setdiff1d(left, np.concatenate([left[:0], *(record.indices for record in done)]))
+        run, keys = stage.runs[number], fold(self.keys, np.uint32(zlib.crc32(stage.name.encode())))
+        began = time.perf_counter()
+        for found in run_search(run.search, self.network, run.points(self.points), run.keys(keys), left, self.threat,
+                                sizes=self.sizes, mesh=self.mesh):
+            fooled, forwards = found.fooled.copy(), found.forwards
+            if fooled.any() and not self.network.randomised:
+                # A point on the border may change sides with the shape of its batch: the pass that scores all images decides.
+                fooled[fooled] = ~self.score(found.images[fooled], found.indices[fooled])
+                forwards += int(np.sum(found.fooled))
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            record = Record(stage.name, number, found.indices, fooled, found.images[fooled], forwards, found.backwards,
+                            found.zero_gradients, seconds)
+            records.add(record)
+            yield record
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What a stage took: points attacked, counted for each run, passes in images, points without a gradient, wall time."""
+
+    points: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    zero_gradients: int = 0
+    seconds: float = 0.0
+
+    def add(self, record: Record) -> None:
+        self.points += len(record.indices)
+        self.forwards += record.forwards
+        self.backwards += record.backwards
+        self.zero_gradients += record.zero_gradients
+        self.seconds += record.seconds
 
 
 def _checked_index(index, n: int) -> np.ndarray:
@@ -327,10 +272,11 @@ def _checked_index(index, n: int) -> np.ndarray:
         return np.arange(n)
     index = np.asarray(index)
     if index.shape != (n,) or not np.issubdtype(index.dtype, np.integer) or index.min() < 0:
-        raise InputError(f"autoattack index is {index.dtype}{list(index.shape)}; give one whole number of at least 0 per image, [{n}]")
+        raise InputError(
+            f"autoattack index is {index.dtype}{list(index.shape)}; give one whole number of at least 0 per image, [{n}]")
     return index
 
 
-def _warn(say, flag: str) -> None:
-    if say:
+def _warn(say, flags: list[str]) -> None:
+    for flag in flags if say else ():
         say(f"warning: {flag}")

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
 from jaxrd.attacks.projections import onto_hyperplane
-from jaxrd.attacks.search import AttackResult, Passes, Run, State, attack, check_count, step_keys, targets_of
+from jaxrd.attacks.search import AttackResult, Passes, Run, State, attack, check_count, check_target, step_keys, targets_of
 from jaxrd.errors import InputError
 from jaxrd.threat import ThreatModel
 
@@ -82,7 +82,7 @@ def fab(
     if target is not None and targets:
         raise InputError(f"fab targets is {targets} with target given; use one of them")
     if target is not None:
-        _check_target(target, labels, classes)
+        check_target("fab target", target, labels, classes)
     search = Fab(targeted=target is not None or targets > 0, steps=steps, classes=classes, target_known=target is not None)
     ranks = range(2, 2 + min(targets, classes - 1)) if targets else [0]
     runs = [Run(search, rank, restart) for rank in ranks for restart in range(restarts)]
@@ -190,22 +190,6 @@ def _random_start(keys, images, threat):
     noise = jax.vmap(lambda key: draw(key, (int(np.prod(images.shape[1:])),)))(keys)
     length = jnp.linalg.norm(noise, _ORDER[threat.norm], axis=1, keepdims=True) + _TINY
     return jnp.clip(images + (threat.epsilon / 2 * noise / length).reshape(images.shape), *threat.bounds)
-
-
-def _check_target(target, labels, classes):
-    """Raises InputError where `target` is not one wrong class per label; values are read from concrete arrays only."""
-    shape, dtype = jnp.shape(target), jnp.asarray(target).dtype
-    if shape != jnp.shape(labels) or not jnp.issubdtype(dtype, jnp.integer):
-        raise InputError(f"fab target is {dtype}{list(shape)}; give one integer for each label, {list(jnp.shape(labels))}")
-    if isinstance(target, jax.core.Tracer) or isinstance(labels, jax.core.Tracer):
-        return
-    target = np.asarray(target)
-    outside = (target < 0) | (target >= classes)
-    if outside.any():
-        raise InputError(f"fab target has {target[outside][0]}, but logits_fn has {classes} classes; "
-                         f"give classes from 0 to {classes - 1}")
-    if (same := target == np.asarray(labels)).any():
-        raise InputError(f"fab target is {target[same][0]} for an image of that class; give another class")
 
 
 def _at(logits, labels):

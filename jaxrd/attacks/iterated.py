@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrd import objectives
-from jaxrd.attacks.network import LogitsFn, Network
-from jaxrd.attacks.search import AttackResult, Passes, Run, State, attack, check_count, step_keys
+from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
+from jaxrd.attacks.results import AttackResult
+from jaxrd.attacks.search import Passes, Run, State, attack, check_classes, check_count, step_keys
 from jaxrd.errors import InputError, choose, need
 from jaxrd.threat import ThreatModel
 
@@ -26,7 +27,7 @@ def cw_margin(logits: Array, labels: Array) -> Array:
     return jnp.minimum(objectives.margin(logits, labels), _CW_CONFIDENCE)
 
 
-LOSSES = {"ce": objectives.cross_entropy, "margin": objectives.margin, "cw": cw_margin}
+LOSSES = {"ce": objectives.cross_entropy, "margin": objectives.margin, "cw": cw_margin, "dlr": objectives.dlr}
 
 
 def pgd_attack(
@@ -52,7 +53,8 @@ def pgd_attack(
       images: [batch, h, w, c] float32 inside the threat model's bounds.
       labels: [batch] int, the true classes.
       threat: norm, radius and bounds.
-      loss: "ce", cross-entropy; "margin", max_{c != y} z_c - z_y; "cw", the margin up to 50.
+      loss: "ce", cross-entropy; "margin", max_{c != y} z_c - z_y; "cw", the margin up to 50; "dlr", the difference-of-logits
+        ratio (3 classes at least).
       steps: gradient steps of a run.
       step_size: length of a step in pixel units, at most 2 epsilon; by default epsilon / 4 (2/255 at 8/255).
       start: "uniform", "gaussian" (x + 0.001 N(0, 1)) or "none".
@@ -67,22 +69,42 @@ def pgd_attack(
     if start not in ("uniform", "gaussian", "none"):
         raise InputError(f'attack start is "{start}"; use "uniform", "gaussian" or "none"')
     if start == "none" and restarts != 1:
-        raise InputError(f'attack restarts is {restarts} with start "none"; they would all be the same run: use start="uniform"')
+        raise InputError(
+            f'attack restarts is {restarts} with start "none"; they would all be the same run: use start="uniform"')
     return _attack(Ascent(loss, steps, start), key, logits_fn, images, labels, threat, step_size, 4, restarts)
 
 
-def cw_linf(key: Array, logits_fn: LogitsFn, images: Array, labels: Array, *, threat: ThreatModel, steps: int = 30,
-            step_size: float | None = None, restarts: int = 1) -> AttackResult:
+def cw_linf(
+    key: Array,
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array,
+    *,
+    threat: ThreatModel,
+    steps: int = 30,
+    step_size: float | None = None,
+    restarts: int = 1,
+) -> AttackResult:
     """Attacks the Carlini-Wagner margin by projected gradient ascent inside the ball: `pgd_attack` with loss "cw".
 
-    The "CW" column of the distillation papers (30 steps of 2/255, one uniform start; IAD's and Madry's code), not the minimum-norm
-    attack of that name. Arguments, result and errors as for `pgd_attack`.
+    The "CW" column of the distillation papers (30 steps of 2/255, one uniform start; IAD's and Madry's code), not the
+    minimum-norm attack of that name. Arguments, result and errors as for `pgd_attack`.
     """
-    return pgd_attack(key, logits_fn, images, labels, threat=threat, loss="cw", steps=steps, step_size=step_size, restarts=restarts)
+    return pgd_attack(
+        key, logits_fn, images, labels, threat=threat, loss="cw", steps=steps, step_size=step_size, restarts=restarts)
 
 
-def mi_fgsm(logits_fn: LogitsFn, images: Array, labels: Array, *, threat: ThreatModel, loss: str = "ce", steps: int = 10,
-            step_size: float | None = None, momentum: float = 1.0) -> AttackResult:
+def mi_fgsm(
+    logits_fn: LogitsFn,
+    images: Array,
+    labels: Array,
+    *,
+    threat: ThreatModel,
+    loss: str = "ce",
+    steps: int = 10,
+    step_size: float | None = None,
+    momentum: float = 1.0,
+) -> AttackResult:
     """Attacks by gradient steps with momentum from the image itself (Dong et al. 2018, MI-FGSM).
 
     g_{k+1} = mu g_k + grad / ||grad||_1, x_{k+1} = project(x_k + step(g_{k+1})). Deterministic, hence without a key.
@@ -100,14 +122,17 @@ def mi_fgsm(logits_fn: LogitsFn, images: Array, labels: Array, *, threat: Threat
 
 
 def _attack(search, key, logits_fn, images, labels, threat, step_size, default, restarts):
+    threat.check_images(images)
     choose("attack loss", search.loss, LOSSES)
+    network = as_network(logits_fn, images)
+    check_classes("attack loss", search.loss, classes_of(network, images))
     check_count("attack steps", search.steps)
     check_count("attack restarts", restarts)
     if step_size is None:
         step_size = threat.epsilon / default
     threat.check_step_size(step_size)
     runs = [Run(search, restart=restart) for restart in range(restarts)]
-    return attack(runs, key, logits_fn, images, labels, threat, step_size=jnp.full(len(images), step_size, jnp.float32))
+    return attack(runs, key, network, images, labels, threat, step_size=jnp.full(len(images), step_size, jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from jaxrd.errors import InputError
@@ -72,22 +73,25 @@ def as_network(logits_fn: LogitsFn, images: Array) -> Network:
     example = jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32)
     extra = (jax.random.key(0),) * randomised
     try:
-        if isinstance(logits_fn, Partial):
-            function, logits = logits_fn, jax.eval_shape(logits_fn, example, *extra)
-        else:
-            lifted = _lifted(logits_fn)
-            closed = jax.make_jaxpr(logits_fn)(example, *extra)
-            function, logits = Partial(lifted, closed.consts), jax.eval_shape(logits_fn, example, *extra)
+        function = logits_fn if isinstance(logits_fn, Partial) else _lift(logits_fn, example, extra)
+        logits = jax.eval_shape(lambda *arguments: logits_fn(*arguments), example, *extra)
     except InputError:
         raise
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever the user's function raises
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"logits_fn cannot be traced on images {list(example.shape)}: {first}") from error
     shape = getattr(logits, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != 2 or shape[1] < 2:
-        given = f"[batch, {', '.join(map(str, shape[1:]))}]" if shape and shape[0] == 2 else shape or type(logits).__name__
+        given = f"[{', '.join(['batch', *map(str, shape[1:])])}]" if shape and shape[0] == 2 else shape or type(logits).__name__
         raise InputError(f"logits_fn returns {given} instead of logits [batch, classes >= 2]")
-    return Network(function, randomised)
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise InputError(f"logits_fn returns {logits.dtype}, which has no gradient; return floating-point logits")
+    network = Network(function, randomised)
+    object.__setattr__(network, "_alive", logits_fn)  # outside of the pytree, which compiled code remembers
+    return network
+
+
+logits_of = jax.jit(Network.__call__)
 
 
 def classes_of(network: Network, images: Array) -> int:
@@ -110,27 +114,83 @@ def _takes_key(function) -> bool:
 class _Lifted:
     """A function with the arrays that it closes over as its first argument.
 
-    Holds the function weakly: what compiled code remembers must not keep a model's weights in memory.
+    Two are equal where they are the same function and it is the same program now as it was then: what was compiled for one
+    serves the other. The function is held weakly: what compiled code remembers must not keep a model's weights in memory.
     """
 
-    def __init__(self, function):
-        self._function = weakref.ref(function)
+    def __init__(self, function, program: str, lifted: tuple[bool, ...]):
+        self._function, self._program, self._lifted = weakref.ref(function), program, lifted
         self.__name__ = getattr(function, "__name__", type(function).__name__)
 
-    def __call__(self, constants, *arguments):
-        closed = jax.make_jaxpr(self._function())(*arguments)
-        shapes = [[(jnp.shape(c), jnp.result_type(c)) for c in part] for part in (closed.consts, constants)]
-        if shapes[0] == shapes[1]:  # else they depend on the batch size, and stay constants
-            closed = jax.extend.core.ClosedJaxpr(closed.jaxpr, constants)
-        return jax.extend.core.jaxpr_as_fun(closed)(*arguments)[0]
+    def __hash__(self):
+        return hash(self._program)
+
+    def __eq__(self, other):
+        function = self._function()
+        return isinstance(other, _Lifted) and function is not None and function is other._function() and (
+            self._program, self._lifted) == (other._program, other._lifted)
+
+    def __call__(self, weights, *arguments):
+        closed = _trace(self._function(), arguments)
+        weights = iter(weights)
+        constants = [next(weights) if lifted else own for lifted, own in zip(self._lifted, closed.consts, strict=True)]
+        return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(closed.jaxpr, constants))(*arguments)[0]
 
 
-_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _lifted(function) -> _Lifted:
-    """The same object for the same function, so that what was compiled for it is found again."""
+def _lift(function, example, extra) -> Partial:
+    """Returns the function with the arrays that it closes over as leaves, but for those that follow the batch size."""
+    closed = _trace(function, (example, *extra))
+    others = _trace(function, (jax.ShapeDtypeStruct((3, *example.shape[1:]), example.dtype), *extra)).consts
+    alike = len(others) == len(closed.consts)
+    lifted = tuple(alike and _same(a, b) for a, b in zip(closed.consts, others))
     try:
-        return _known.setdefault(function, _Lifted(function))
-    except TypeError:  # cannot be hashed or referred to weakly
-        raise InputError(f"logits_fn is a {type(function).__name__} that cannot be hashed; wrap it: lambda x: f(x)") from None
+        return Partial(_Lifted(function, str(closed.jaxpr), lifted), [a for a, kept in zip(closed.consts, lifted) if kept])
+    except TypeError:
+        raise InputError(f"logits_fn is a {type(function).__name__}, which cannot be referred to weakly; wrap it: "
+                         "lambda x: f(x)") from None
+
+
+def _same(a, b) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer) or jnp.shape(a) != jnp.shape(b):
+        return False
+    return bool(np.array_equal(a, b))
+
+
+def _trace(function, arguments):
+    """Returns the function as a closed jaxpr whose constants stand at its top, those of jitted functions within it too."""
+    # A function of its own each time: jax remembers what it has traced by the function, and weights may have been replaced.
+    closed = jax.make_jaxpr(lambda *arguments: function(*arguments))(*arguments)
+    if any(inner.consts for inner in _jitted(closed.jaxpr)):
+        closed = jax.make_jaxpr(lambda *arguments: _inlined(closed.jaxpr, closed.consts, arguments))(*arguments)
+    return closed
+
+
+def _jitted(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("jit", "pjit"):
+            yield equation.params["jaxpr"]
+            yield from _jitted(equation.params["jaxpr"].jaxpr)
+
+
+def _inlined(jaxpr, constants, arguments):
+    """Evaluates a jaxpr with the functions that are jitted in it written out."""
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments), strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        if equation.primitive.name in ("jit", "pjit"):
+            inner = equation.params["jaxpr"]
+            outputs = _inlined(inner.jaxpr, inner.consts, inputs)
+        else:
+            bound = equation.primitive.get_bind_params(equation.params)
+            functions, parameters = bound if isinstance(bound, tuple) else ((), bound)  # by the version of jax
+            with equation.ctx.manager:
+                outputs = equation.primitive.bind(*functions, *inputs, **parameters)
+            outputs = outputs if equation.primitive.multiple_results else [outputs]
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]

@@ -103,6 +103,9 @@ def _walk(key, objective, images, threat, step_size, steps, start, descend, proj
         return points, points if path else None
 
     points = threat.random_start(key, images, start, project=project_start)
+    if steps == 1:  # an unrolled scan of one step would still be compiled as a loop
+        points, path = body(points, None)
+        return points, path[None] if path is not None else None
     return jax.lax.scan(body, points, length=steps, unroll=loop_unroll())
 
 

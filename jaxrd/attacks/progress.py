@@ -44,8 +44,8 @@ class Progress:
             self._bar.update(points)
         elif self._say:
             seconds = ahead * (time.perf_counter() - self._began) / self._done
-            self._say(f"{self._title()}: {self._size - self._left} of {self._size} points, {robust} of {self._total} robust so far"
-                      + (f", about {_duration(seconds)} left" if ahead else ""))
+            self._say(f"{self._title()}: {self._size - self._left} of {self._size} points, "
+                      f"{robust} of {self._total} robust so far" + (f", about {_duration(seconds)} left" if ahead else ""))
 
     def _title(self) -> str:
         return self._name + (f" {self._run + 1}/{self._runs}" if self._runs > 1 else "")

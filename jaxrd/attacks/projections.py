@@ -42,7 +42,7 @@ def onto_hyperplane(points: Array, normal: Array, excess: Array, norm: str, boun
     size = size / scale
     size = jnp.where(size < _NEGLIGIBLE, 0.0, size)
     down = (normal > 0) == (excess >= 0)[..., None]
-    room = jnp.where(size > 0, jnp.maximum(jnp.where(down, points - low, high - points), 0.0), 0.0)
+    room = jnp.where(size > 0, jnp.where(down, points - low, high - points), 0.0)
     # Any distance beyond the whole box is as good as infinite, and does not overflow.
     distance = jnp.minimum(jnp.abs(excess) / scale[..., 0], 2 * (high - low) * points.shape[-1])
     rate = size if norm == "l2" else jnp.where(size > 0, 1.0, 0.0)

@@ -14,7 +14,7 @@ import zipfile
 import jax
 import numpy as np
 
-from jaxrd.attacks.network import Network
+from jaxrd.attacks.network import Network, logits_of
 from jaxrd.errors import InputError
 
 Array = jax.Array
@@ -49,10 +49,17 @@ class Record:
     seconds: float
 
 
-def fingerprint(network: Network, points: dict[str, np.ndarray], keys: Array, configuration: dict) -> dict:
-    """Returns what tells one evaluation from another, as JSON can hold it: "model", "logits", "data", "configuration"."""
-    few = slice(0, _LOGITS_OF)
-    logits = jax.jit(Network.__call__)(network, points["images"][few], keys[few])
+def fingerprint(network: Network, points: dict[str, np.ndarray], keys: Array, configuration: dict, batch: int) -> dict:
+    """Returns what tells one evaluation from another, as JSON can hold it: "model", "logits", "data", "configuration".
+
+    Args:
+      network: the function under attack.
+      points: "images" and "labels".
+      keys: [n] typed keys.
+      configuration: what else there is to tell.
+      batch: how many images to forward at once; the logits of the first few are kept.
+    """
+    logits = logits_of(network, points["images"][:batch], keys[:batch])[:_LOGITS_OF]
     return {
         "model": _hash(network.leaves),
         "logits": np.round(np.asarray(logits, np.float64), 6).tolist(),
@@ -98,13 +105,18 @@ class Records:
             kept.setdefault((record.stage, record.run), []).append(record)
         return cls(directory, kept)
 
+    @property
+    def finished(self) -> int:
+        """The number of batches found on record."""
+        return sum(map(len, self._kept.values()))
+
     def of(self, stage: str, run: int, left: np.ndarray) -> list[Record]:
         """Returns the finished batches of a run that has the points `left` to attack."""
         found = self._kept.get((stage, run), [])
         seen = np.concatenate([left[:0], *(record.indices for record in found)])
         if len(np.unique(seen)) < len(seen) or not np.isin(seen, left).all():
-            raise InputError(f'resume directory "{self._directory}": its batches of {stage}, run {run + 1}, do not fit the points '
-                             "that are left there; delete the directory to start over")
+            raise InputError(f'resume directory "{self._directory}": its batches of {stage}, run {run + 1}, do not fit the '
+                             "points that are left there; delete the directory to start over")
         return found
 
     def add(self, record: Record) -> None:

@@ -1,10 +1,9 @@
 """What the attacks of AutoAttack have in common, and the loop that drives them over many images.
 
-An attack is a `Search`: pure functions that start, advance and finish a batch of points. On arrays, the loop over its steps is a
-Python loop over a compiled piece of it: points that need no more work leave the batch, progress can be shown, and the gradients
-of convolutions stay out of compiled loops, which XLA's CPU backend runs 6 to 90 times slower. Under `jax.jit` it is a scan.
-
-Every random number follows the key of its point, so results do not depend on the batch size, the padding or the devices.
+An attack is a `Search`: pure functions that start, advance and finish a batch of points. On arrays, the loop over its steps is
+a Python loop over a compiled piece of it: points that need no more work leave the batch, progress can be shown, and the
+gradients of convolutions stay out of compiled loops, which XLA's CPU backend runs 6 to 90 times slower. Under `jax.jit` it is a
+scan. Every random number follows the key of its point, so results do not depend on batch size, padding or devices.
 """
 
 import functools
@@ -19,25 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
 from jaxrd.attacks.pgd import loop_unroll
+from jaxrd.attacks.results import AttackResult
 from jaxrd.errors import InputError
 from jaxrd.threat import ThreatModel, example_keys
 
 Array = jax.Array
 State = dict[str, Array]  # every leaf [batch, ...]
 
-
-class AttackResult(NamedTuple):
-    """What an attack found.
-
-    Attributes:
-      images: [batch, h, w, c] float32, the adversarial images; the clean ones where none was found.
-      fooled: [batch] bool, whether the image is misclassified. An image that is misclassified as it is counts as fooled.
-      loss: [batch] float32, the largest value reached of what the attack maximises; its docstring says what that is.
-    """
-
-    images: Array
-    fooled: Array
-    loss: Array
+LEAST_CLASSES = {"dlr": 3, "dlr-targeted": 4}  # that a loss is defined for
 
 
 class Passes(NamedTuple):
@@ -162,19 +150,20 @@ def _run_batch(search, network, points, keys, indices, threat, sizes, mesh) -> F
                 keep(np.flatnonzero(~active))
                 live, rows_left, size = live[active], np.resize(np.flatnonzero(active), smaller), smaller
                 state = _put(_take(state, rows_left), mesh)
-        state = _advance(search, network, state, _part(rows, first, chunk), threat)
+        steps = min(chunk, search.steps - first)
+        state = _advance(search, network, state, _part(rows, first, steps), threat)
         if mesh is not None and mesh.size > 1 and jax.default_backend() == "cpu":
-            jax.block_until_ready(state)  # XLA's collectives between CPU devices of one process deadlock with several calls in flight
-        spent = spent + np.array(search.cost["step"]) * chunk * len(live)
+            # XLA's collectives between CPU devices of one process deadlock with several calls in flight.
+            jax.block_until_ready(state)
+        spent = spent + np.array(search.cost["step"]) * steps * len(live)
     keep(np.arange(len(live)))
     spent = spent + np.array(search.cost["finish"]) * len(indices)
     return Found(indices, images, fooled, loss, zero_gradients, int(spent[0]), int(spent[1]))
 
 
 def _chunk(search) -> int:
-    """Returns the steps per compiled call, a divisor of all steps."""
-    most = 100 if not search.differentiates else 1 if jax.default_backend() == "cpu" else 25
-    return max((size for size in range(1, min(most, search.steps) + 1) if search.steps % size == 0), default=1)
+    """Returns the steps per compiled call, at most."""
+    return 100 if not search.differentiates else 1 if jax.default_backend() == "cpu" else 25
 
 
 def score(network: Network, points: dict[str, np.ndarray], keys: Array, *, size: int, mesh: Mesh | None = None) -> np.ndarray:
@@ -247,6 +236,8 @@ def attack(
     sizes = batch_sizes(n)
     right, finite, value = map(np.asarray, _clean(runs[0].search, network, given | {"key": keys}))
     _check_finite(finite)
+    if (own := right & (given.get("target", -1) == given["labels"])).any():
+        raise InputError(f"target is {given['labels'][own][0]} for an image of that class; give another class")
     result = [given["images"].copy(), ~right, np.where(right, -np.inf, value).astype(np.float32)]
     for run in runs:
         left = np.flatnonzero(~result[1])
@@ -265,8 +256,8 @@ def _attack_traced(runs, network, points, keys, threat) -> AttackResult:
             ("rank", run.rank), ("restart", run.restart))} | {"key": run.keys(keys)}
         state = run.search.start(network, batch, threat)
         state.pop("zero_gradient", None)
-        state, _ = jax.lax.scan(lambda state, row: (run.search.step(network, state, row, threat), None), state, run.search.rows(),
-                                unroll=loop_unroll() if run.search.steps <= 20 else 1)
+        state, _ = jax.lax.scan(lambda state, row, search=run.search: (search.step(network, state, row, threat), None), state,
+                                run.search.rows(), unroll=loop_unroll() if run.search.steps <= 20 else 1)
         found = run.search.finish(network, state, threat)
         new = found.fooled & ~result.fooled
         result = AttackResult(
@@ -277,8 +268,11 @@ def _attack_traced(runs, network, points, keys, threat) -> AttackResult:
 
 def check_labels(labels: Array, images: Array, classes: int) -> None:
     """Raises InputError where labels are not [batch] integers in [0, classes); values are read from concrete arrays only."""
+    if not hasattr(labels, "dtype"):
+        raise InputError(f"labels are a {type(labels).__name__}; give an array with one integer for each image")
     if jnp.ndim(labels) != 1 or len(labels) != len(images) or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise InputError(f"labels are {labels.dtype}{list(jnp.shape(labels))}; give one integer for each of the {len(images)} images")
+        raise InputError(
+            f"labels are {labels.dtype}{list(jnp.shape(labels))}; give one integer for each of the {len(images)} images")
     if isinstance(labels, jax.core.Tracer) or not len(labels):
         return
     values = np.asarray(labels)
@@ -299,6 +293,27 @@ def targets_of(network: Network, batch: State) -> Array:
     logits = network(batch["images"], jax.vmap(jax.random.fold_in, (0, None))(batch["key"], 2**31 - 1))
     order = jnp.argsort(logits, axis=-1, descending=True)
     return jnp.take_along_axis(order, batch["rank"][:, None] - 1, axis=1)[:, 0]
+
+
+def check_target(field: str, target: Array, labels: Array, classes: int) -> None:
+    """Raises InputError where `target` is not one class per label; values are read from concrete arrays only."""
+    shape, dtype = jnp.shape(target), jnp.asarray(target).dtype
+    if shape != jnp.shape(labels) or not jnp.issubdtype(dtype, jnp.integer):
+        raise InputError(f"{field} is {dtype}{list(shape)}; give one integer for each label, {list(jnp.shape(labels))}")
+    if isinstance(target, jax.core.Tracer):
+        return
+    target = np.asarray(target)
+    outside = (target < 0) | (target >= classes)
+    if outside.any():
+        raise InputError(f"{field} has {target[outside][0]}, but logits_fn has {classes} classes; give classes from 0 to "
+                         f"{classes - 1}")
+
+
+def check_classes(field: str, loss: str, classes: int) -> None:
+    """Raises InputError where a loss is not defined for so few classes."""
+    if classes < (least := LEAST_CLASSES.get(loss, 2)):
+        others = '"ce", "margin" or "dlr"' if classes == 3 else '"ce" or "margin"'
+        raise InputError(f'{field} is "{loss}", which needs {least} classes; logits_fn has {classes}: use {others}')
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:

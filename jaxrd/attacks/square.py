@@ -21,7 +21,8 @@ import numpy as np
 
 from jaxrd import objectives
 from jaxrd.attacks.network import LogitsFn, Network
-from jaxrd.attacks.search import AttackResult, Passes, Run, State, attack, check_count, step_keys
+from jaxrd.attacks.results import AttackResult
+from jaxrd.attacks.search import Passes, Run, State, attack, check_count, step_keys
 from jaxrd.threat import ThreatModel
 
 Array = jax.Array

@@ -13,7 +13,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrd.attacks.network import LogitsFn, Network
+from jaxrd.attacks.network import LogitsFn, Network, logits_of
 
 Array = jax.Array
 
@@ -43,28 +43,28 @@ def inspect(logits_fn: LogitsFn, network: Network, images: np.ndarray, keys: Arr
     flags = []
     if images.max(initial=0.0) <= _DARK:
         flags.append(f"range: the images reach only up to {images.max():.2g}; were they divided by 255 twice?")
-    forward = jax.jit(Network.__call__)
-    logits = np.asarray(forward(network, images, keys), np.float64)
-    if np.all((-_PROBABILITY < logits) & (logits < 1 + _PROBABILITY)) and np.all(np.abs(logits.sum(1) - 1) < _PROBABILITY * logits.shape[1]):
-        flags.append("probabilities: all outputs lie in [0, 1] and sum to 1, as after a softmax; return the logits, for gradients "
-                     "vanish through a softmax and attacks look weak")
+    logits = np.asarray(logits_of(network, images, keys), np.float64)
+    between = (-_PROBABILITY < logits) & (logits < 1 + _PROBABILITY)
+    if np.all(between) and np.all(np.abs(logits.sum(1) - 1) < _PROBABILITY * logits.shape[1]):
+        flags.append("probabilities: all outputs lie in [0, 1] and sum to 1, as after a softmax; return the logits, for "
+                     "gradients vanish through a softmax and attacks look weak")
     if randomised:
         if not network.randomised:
-            flags.append('randomised: logits_fn takes no key, so there is nothing to average over; version "standard" is meant for it')
+            flags.append('randomised: logits_fn takes no key, so there is nothing to average over; use version "standard"')
         return flags
     if network.randomised:
         return flags + ['randomised: logits_fn takes a key; version "rand" averages gradients over its draws']
-    others = [np.asarray(forward(network, images, keys), np.float64) for _ in range(_PASSES - 1)]
+    others = [np.asarray(logits_of(network, images, keys), np.float64) for _ in range(_PASSES - 1)]
     apart = max(float(np.linalg.norm(_scaled(logits) - _scaled(other), axis=1).max()) for other in others)
     few = jnp.asarray(images[:_FEW])
     traced = [jax.make_jaxpr(logits_fn)(few) for _ in range(2)]
     if apart > _DIRECTION or not _same(*traced):
-        flags.append('randomised: the same images get other logits each time; give logits_fn a key, (images, key) -> logits, and '
-                     'evaluate it with version "rand"')
+        flags.append('randomised: the same images get other logits each time; give logits_fn a key, (images, key) -> logits, '
+                     'and evaluate it with version "rand"')
     names = set(_primitives(traced[0].jaxpr))
     if names & _DRAWS:
-        flags.append("randomised: logits_fn draws random numbers from a key of its own, the same ones each time; give it a key as "
-                     "its second argument if they are to be a defence")
+        flags.append("randomised: logits_fn draws random numbers from a key of its own, the same ones each time; give it a key "
+                     "as its second argument if they are to be a defence")
     if names & (_CALLBACKS | _CUSTOM_GRADIENTS | _LOOPS):
         what = ", ".join(sorted(names & (_CALLBACKS | _CUSTOM_GRADIENTS | _LOOPS)))
         flags.append(f"dynamic: logits_fn contains {what}: its gradients may not be those of what it computes")
@@ -85,15 +85,15 @@ def review(accuracy: dict[str, float], zero_gradients: dict[str, int], attacked:
     flags = []
     for stage, count in zero_gradients.items():
         if attacked[stage] and count / attacked[stage] > _ZERO_SHARE:
-            flags.append(f"gradients: {count / attacked[stage]:.0%} of the points have a gradient of exactly 0 at the start of {stage}; "
-                         "attacks by gradient say nothing about them")
+            flags.append(f"gradients: {count / attacked[stage]:.0%} of the points have a gradient of exactly 0 at the start of "
+                         f"{stage}; attacks by gradient say nothing about them")
     stages = list(accuracy)
     if "square" in stages:
         before = stages[:stages.index("square")]
         lead = accuracy[before[-1]] - accuracy["square"]
         if by_gradient & set(before) and lead > _SQUARE_LEAD and round(lead * n) > 1:
-            flags.append(f"square: without gradients, Square breaks {lead:.2%} more than all attacks before it; the gradients of this "
-                         "network mislead")
+            flags.append(f"square: without gradients, Square breaks {lead:.2%} more than all attacks before it; the gradients "
+                         "of this network mislead")
     return flags
 
 

@@ -132,9 +132,10 @@ def evaluate(
             model, variables, teacher_model, teacher_variables, source, mesh=mesh, batch_size=batch_size)
         record["alignment"] |= {"teacher": teacher, "teacher_step": teacher_origin["step"]}
     if curve in results:
-        radii = [fraction * threat.epsilon for fraction in _CURVE if threat.norm != "linf" or fraction * threat.epsilon <= 1]
+        radii = [part * threat.epsilon for part in _CURVE if threat.norm != "linf" or part * threat.epsilon <= 1]
+        known = {threat.epsilon: results[curve].accuracy}
         record["robustness_curve"] = robustness.robustness_curve(
-            model, variables, source, threat, radii, name=curve, known={threat.epsilon: results[curve].accuracy}, **shared)
+            model, variables, source, threat, radii, name=curve, known=known, **shared)
     if seconds := _seconds_per_step(workdir, config.training.batch_size):
         record["training"] = {"seconds_per_step": seconds}
     _write_gallery(workdir, model, variables, source, threat, results.get(_GALLERY_ATTACK), shared)

@@ -36,6 +36,13 @@ def html_table(header: Sequence[str], body: Sequence[Sequence[str]], text_column
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
 
 
+def number(text: str, mark: str = "") -> str:
+    """Returns the HTML of a cell: its standard deviation, if it has one, in small print, and a dagger behind it."""
+    mean, plus_minus, sd = escape(text).partition(" ± ")
+    return (mean + (f' <span class="sd">± {sd}</span>' if plus_minus else "")
+            + (f'<sup class="mark">{escape(mark)}</sup>' if mark else ""))
+
+
 def figure(path: Path, wide: Figure, narrow: Figure, alternative: str, note: str) -> str:
     """Saves the wide figure at `path` and returns the HTML that shows it, or the narrow one on a phone."""
     image = plots.png(wide)
@@ -48,9 +55,11 @@ def figure(path: Path, wide: Figure, narrow: Figure, alternative: str, note: str
 
 _CSS = """
 :root { color-scheme: light dark;
-  --page: #fafaf8; --card: #fff; --ink: #1f2429; --soft: #626b74; --line: #e2e5e8; --best: #e8f1f8; }
+  --page: #fafaf8; --card: #fff; --ink: #1f2429; --soft: #626b74; --line: #e2e5e8; --best: #e8f1f8;
+  --flag: #a83412; --flagged: #fdf1ea; }
 @media (prefers-color-scheme: dark) {
-  :root { --page: #15181b; --card: #1c2024; --ink: #e4e7ea; --soft: #9aa4ad; --line: #32383e; --best: #20384a; } }
+  :root { --page: #15181b; --card: #1c2024; --ink: #e4e7ea; --soft: #9aa4ad; --line: #32383e; --best: #20384a;
+    --flag: #ff9d75; --flagged: #33221b; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); -webkit-text-size-adjust: 100%;
   font: 16px/1.55 -apple-system, "Segoe UI", Inter, Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -66,11 +75,19 @@ code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation M
 table { border-collapse: collapse; width: 100%; font-size: 0.9375rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 9px 12px; white-space: nowrap; text-align: right; }
 th.text, td.text { text-align: left; }
-th { font-weight: 500; font-size: 0.8125rem; color: var(--soft); border-bottom: 1px solid var(--line); }
+th { vertical-align: bottom; font-weight: 500; font-size: 0.8125rem; color: var(--soft); border-bottom: 1px solid var(--line); }
 tbody tr + tr td { border-top: 1px solid var(--line); }
 abbr { text-decoration: underline dotted var(--line); text-underline-offset: 4px; cursor: help; }
 .sd { color: var(--soft); font-weight: 400; font-size: 0.875em; }
 .best { background: var(--best); font-weight: 650; border-radius: 4px; padding: 3px 5px; margin: 0 -5px; }
+.mark { color: var(--flag); font-weight: 650; line-height: 0; width: 0; display: inline-block;
+  position: relative; left: 1px; }
+.best .mark { left: 5px; }
+.flags { background: var(--flagged); border: 1px solid var(--line); border-left: 4px solid var(--flag); border-radius: 8px;
+  padding: 12px 16px; margin: 14px 0 0; font-size: 0.9375rem; }
+.flags p { margin: 0; font-weight: 650; }
+.flags ul { margin: 6px 0 0; padding-left: 1.2em; overflow-wrap: anywhere; }
+.flags li + li { margin-top: 4px; }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 9px; }
 figure { margin: 0 0 28px; }
 picture { display: block; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 14px; }

@@ -16,14 +16,15 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from jaxrd.evaluation.names import attack_name, epsilon_text, norm_name
+
 # Okabe and Ito's colour-blind-safe palette, less its black (near the teacher's grey) and its yellow (faint on white).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 TEACHER_COLOUR = "#5F6368"
 RIGHT, WRONG = "#00805D", "#C8351B"
 _INK, _SOFT, _GRID = "#23282E", "#66707A", "#E6E9EC"
 _STYLES = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))
-_ATTACK_NAMES = {"fgsm": "FGSM", "pgd": "PGD", "cw": "CW", "apgd": "APGD", "fab": "FAB", "ce": "CE", "dlr": "DLR",
-                 "autoattack": "AutoAttack"}
+_STAR = {"linestyle": "", "marker": "*", "markersize": 11, "markeredgecolor": "white", "markeredgewidth": 0.8}
 
 _INSTALLED = set(font_manager.get_font_names())
 _FONTS = [name for name in ("Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans") if name in _INSTALLED]
@@ -68,31 +69,11 @@ def lines(rows: Sequence[tuple[str, str, bool, tuple]]) -> list[Line]:
     return result
 
 
-def attack_name(key: str) -> str:
-    """Returns an attack's name as papers print it: "pgd20" as "PGD-20", "apgd_ce" as "APGD-CE"."""
-    words = []
-    for part in key.split("_"):
-        stem = part.rstrip("0123456789")
-        words.append("-".join(word for word in (_ATTACK_NAMES.get(stem, stem), part[len(stem):]) if word))
-    return ("-" if words[0].isupper() else " ").join(words)
-
-
-def norm_name(norm: str) -> str:
-    """Returns a norm as papers print it: "linf" as "L∞"."""
-    return {"linf": "L∞", "l2": "L2", "l1": "L1"}.get(norm, norm)
-
-
-def epsilon_text(epsilon: float) -> str:
-    """Returns a radius as it is usually written: in 255ths where it is a small whole number of them."""
-    levels = epsilon * 255
-    if 0 < levels < 32.5 and math.isclose(levels, round(levels), rel_tol=1e-5):
-        return f"{round(levels)}/255"
-    return f"{epsilon:.4g}"
-
-
 @_styled
 def robust_accuracy(rows: Sequence[Line], narrow: bool = False) -> Figure | None:
     """Draws accuracy against the radius of the attack, one panel per data set, norm and attack.
+
+    Stars are accuracies under AutoAttack at the radius of the evaluation, where the curve is another attack's.
 
     Args:
       rows: one line each, the mean over its runs with a band of one standard deviation.
@@ -108,11 +89,14 @@ def robust_accuracy(rows: Sequence[Line], narrow: bool = False) -> Figure | None
             if curve:
                 key = (run.evaluation.get("data", {}).get("name", ""), run.evaluation.get("threat", {}).get("norm", ""),
                        curve.get("attack", ""))
-                panel = panels.setdefault(key, {"series": {}, "trained": set()})
+                panel = panels.setdefault(key, {"series": {}, "trained": set(), "stars": {}})
                 panel["series"].setdefault(row, []).append(dict(zip(curve["epsilon"], curve["accuracy"])))
                 threat = run.config.get("threat") or {}
                 if threat.get("norm") == key[1] and is_number(threat.get("epsilon")):
                     panel["trained"].add(float(threat["epsilon"]))
+                if has_star(run.evaluation):
+                    star = (row, float(run.evaluation["threat"]["epsilon"]))
+                    panel["stars"].setdefault(star, []).append(run.evaluation["accuracy"]["autoattack"])
     if not panels:
         return None
 
@@ -127,12 +111,22 @@ def robust_accuracy(rows: Sequence[Line], narrow: bool = False) -> Figure | None
                           fontsize=8.5)
         for row, series in panel["series"].items():
             _draw(axis, row, series, percent=True, marker="o")
+        for (row, epsilon), accuracies in panel["stars"].items():
+            axis.plot(epsilon, 100 * np.mean(accuracies), color=row.colour, zorder=4, clip_on=False, **_STAR)
         _tidy(axis, f"Accuracy under {attack_name(attack)}, %" + (f": {data}" if len(panels) > 1 else ""))
         axis.set_xlabel(f"ε of the attack ({norm_name(norm)})")
         axis.set_ylim(0, 101)
         axis.set_xlim(left=0)
-    _legend(figure, [row for row in rows if any(row in panel["series"] for panel in panels.values())])
+    _legend(figure, [row for row in rows if any(row in panel["series"] for panel in panels.values())],
+            stars=any(panel["stars"] for panel in panels.values()))
     return figure
+
+
+def has_star(evaluation: dict) -> bool:
+    """Whether `robust_accuracy` has a star for this evaluation: an accuracy under AutoAttack beside another attack's curve."""
+    curve, threat = evaluation.get("robustness_curve"), evaluation.get("threat", {})
+    return (bool(curve) and curve.get("attack") != "autoattack" and is_number(threat.get("epsilon"))
+            and "autoattack" in evaluation.get("accuracy", {}))
 
 
 @_styled
@@ -281,7 +275,7 @@ def _draw(axis, row, series, percent, marker=None):
         sd = values.std(0, ddof=1)
         axis.fill_between(shared, mean - sd, mean + sd, color=row.colour, alpha=0.14, linewidth=0, zorder=2)
     axis.plot(shared, mean, color=row.colour, linestyle=row.style, linewidth=1.8, zorder=3,
-              marker=marker or ("o" if len(shared) == 1 else None), markersize=3.6)
+              marker=marker or ("o" if len(shared) == 1 else None), markersize=3.6, clip_on=not marker)
 
 
 def _tidy(axis, title):
@@ -294,16 +288,19 @@ def _tidy(axis, title):
     axis.locator_params(axis="both", nbins=6)
 
 
-def _legend(figure, rows):
-    if len(rows) < 2:
+def _legend(figure, rows, stars=False):
+    entries = [(row.label, Line2D([], [], color=row.colour, linestyle=row.style, linewidth=2)) for row in rows if len(rows) > 1]
+    if stars:
+        entries.append((attack_name("autoattack"), Line2D([], [], color=_INK, **_STAR)))
+    if not entries:
         return
-    handles = [Line2D([], [], color=row.colour, linestyle=row.style, linewidth=2) for row in rows]
+    labels, handles = zip(*entries)
     # In inches, about: a character at this size, and the sample line with its space.
-    entries = [0.65 + 0.065 * len(row.label) for row in rows]
+    widths = [0.65 + 0.065 * len(label) for label in labels]
     width = figure.get_figwidth()
-    columns = len(rows) if sum(entries) <= width else max(1, int(width / max(entries)))
-    figure.legend(handles, [row.label for row in rows], loc="outside upper left", ncols=columns, frameon=False,
-                  fontsize=9, handlelength=2.2, columnspacing=1.6, borderaxespad=0.2)
+    columns = len(labels) if sum(widths) <= width else max(1, int(width / max(widths)))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=2.2,
+                  columnspacing=1.6, borderaxespad=0.2)
 
 
 def _show(axis, pixels, colours, low, high):

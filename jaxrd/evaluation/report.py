@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 
 from jaxrd.errors import InputError
-from jaxrd.evaluation import page, plots, tables
+from jaxrd.evaluation import cascades, page, plots, tables
+from jaxrd.evaluation.names import attack_name, attack_order, epsilon_text, norm_name
 from jaxrd.evaluation.runs import (
     ALIGNMENT, MEASURES, aggregate, collapse, count_text, flat, images_text, is_number, radius_text, read_gallery, read_runs,
     short, summary, to_rows)
@@ -53,13 +54,14 @@ def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = 
         title = (f"{groups[0]['method']}: {groups[0]['student']} on {groups[0]['data']}" if len(groups) == 1
                  else f"Robust accuracy on {', '.join(names)}")
 
-    sections = [page.section("Results", _results(groups, lines, runs))]
+    sections = [page.section("Results", _results(groups, lines, runs)), *cascades.sections(groups, members, lines)]
     several = any(group["seeds"] > 1 for group in groups)
     loss_note = "Losses of different methods sum different terms, so their heights are not comparable."
     curve_note = "Means over seeds; bands are one standard deviation. " if several else ""
+    star_note = " Stars: accuracy under AutoAttack." if any(plots.has_star(run.evaluation) for run in runs) else ""
     for name, heading, draw, note in (
             ("robust_accuracy", "Accuracy against the attack’s radius", plots.robust_accuracy,
-             curve_note + "The vertical line is the radius of the attack in training."),
+             curve_note + "The vertical line is the radius of the attack in training." + star_note),
             ("training_curves", "Training", plots.training_curves,
              curve_note + (loss_note if len({group["method"] for group in groups}) > 1 else ""))):
         wide = draw(lines)
@@ -92,7 +94,7 @@ def _statement(groups, runs):
         parts = [run.evaluation.get("data", {}) for run in runs]
         measured = _distinct(f"{part['examples']:,} {part.get('split', '')} images" for part in parts
                              if is_number(part.get("examples")))
-        threats = _distinct(f"ε = {radius_text(group)} in {plots.norm_name(group['norm'])}" for group in groups)
+        threats = _distinct(f"ε = {radius_text(group)} in {norm_name(group['norm'])}" for group in groups)
         images = f"on {escape(_listed(measured))}, " if measured else ""
         text.append(f"Accuracy is measured {images}unchanged and under attacks within "
                     f"{escape(_listed(threats))} (pixels in [0, 1]).")
@@ -135,8 +137,7 @@ def _results(groups, lines, runs):
     for place, (group, line) in enumerate(zip(groups, lines)):
         cells = []
         for key, _ in columns:
-            mean, plus_minus, sd = escape(tables.cell(group, key)).partition(" ± ")
-            text = mean + (f' <span class="sd">± {sd}</span>' if plus_minus else "")
+            text = page.number(tables.cell(group, key), tables.mark(group, key))
             if key == "method":
                 text = f'<span class="key" style="background:{line.colour}"></span>' + text.replace(
                     " (teacher)", ' <span class="sd">(teacher)</span>')
@@ -152,7 +153,8 @@ def _results(groups, lines, runs):
     if missing:
         notes.append(f"Not evaluated: {_listed(missing)}.")
     shown = page.html_table(header, body, tables.text_columns(columns))
-    return shown + f'<p class="note">{escape(" ".join(notes))}</p>' + _differences(groups)
+    note = f'<p class="note">{escape(" ".join(notes))}</p>'
+    return shown + cascades.flag_box(groups) + note + _differences(groups)
 
 
 def _differences(groups):
@@ -205,12 +207,12 @@ def _galleries(chosen, left_out, folder):
         while name in used:
             name += "_"
         used.add(name)
-        scale = plots.epsilon_text(plots.gallery_scale(arrays, threat))
+        scale = epsilon_text(plots.gallery_scale(arrays, threat))
         colours = (f"red at +{scale}, blue at −{scale}" if arrays["images"].shape[-1] == 1
                    else f"magnified around mid-grey, full at ±{scale}")
-        attack = plots.attack_name(arrays["attack"]) if arrays["attack"] else "Adversarial images"
+        attack = attack_name(arrays["attack"]) if arrays["attack"] else "Adversarial images"
         seed = run.config.get("seed")
-        radius = f"ε = {plots.epsilon_text(threat['epsilon'])} in {plots.norm_name(threat['norm'])}"
+        radius = f"ε = {epsilon_text(threat['epsilon'])} in {norm_name(threat['norm'])}"
         note = f"{attack}, {radius}. Below each image stands the prediction: ✓ right, ✗ wrong. Perturbation: {colours}."
         html.append(f"<h3>{escape(group['label'] + ('' if seed is None else f', seed {seed}'))}</h3>")
         wide, narrow = (plots.gallery(arrays, threat, narrow=narrow) for narrow in (False, True))
@@ -225,8 +227,8 @@ def _galleries(chosen, left_out, folder):
 def _definitions(groups, runs):
     entries = {}
     for run in runs:
-        for name, attack in run.evaluation.get("attacks", {}).items():
-            entries.setdefault((plots.attack_name(name), _attack_text(attack)), []).append(run)
+        for name, attack in sorted(run.evaluation.get("attacks", {}).items(), key=lambda pair: attack_order(pair[0])):
+            entries.setdefault((attack_name(name), _attack_text(attack)), []).append(run)
         definition = run.evaluation.get("alignment", {}).get("definition")
         if definition:
             entries.setdefault(("Gradient cosine and distance", escape(str(definition))), []).append(run)
@@ -263,7 +265,8 @@ def _every_run(runs):
         seconds = [line["seconds"] for line in run.metrics if is_number(line.get("seconds"))]
         body.append([escape(row["workdir"]), *(escape("-" if value is None else str(value)) for value in (
             row["seed"], described.get("step"), described.get("checkpoint"), described.get("weights"),
-            f"{max(seconds):,.0f} s" if seconds else None)), *(escape(tables.cell(single, key)) for key, _ in names)])
+            f"{max(seconds):,.0f} s" if seconds else None)), *(
+            page.number(tables.cell(single, key), tables.mark(single, key)) for key, _ in names)])
     header = ["run", "seed", "step", "checkpoint", "weights", "training", *(escape(heading) for _, heading in names)]
     return f"<details><summary>Every run</summary>{page.html_table(header, body, 1)}</details>"
 

@@ -103,13 +103,13 @@ PROTOCOLS = {
 }
 CASCADES = {
     "autoattack": Cascade("standard", (
-        "AutoAttack, version standard: worst case per image over APGD on the cross-entropy, targeted APGD on DLR and targeted FAB "
-        "(9 targets, 100 steps each), and Square (5,000 queries).")),
+        "AutoAttack, version standard: worst case per image over APGD on the cross-entropy, targeted APGD on DLR and targeted "
+        "FAB (9 targets, 100 steps each), and Square (5,000 queries).")),
     "autoattack_plus": Cascade("plus", (
         "AutoAttack, version plus: as standard, with APGD on cross-entropy and DLR and FAB in five restarts each besides.")),
     "fast": Cascade("fast", (
-        "Worst case per image over APGD on the cross-entropy and targeted APGD on DLR (9 targets), 100 steps each: the first two "
-        "of AutoAttack's four attacks, and not AutoAttack.")),
+        "Worst case per image over APGD on the cross-entropy and targeted APGD on DLR (9 targets), 100 steps each: the first "
+        "two of AutoAttack's four attacks, and not AutoAttack.")),
 }
 
 
@@ -184,7 +184,8 @@ def run_attack(
     began = time.perf_counter()
     n = len(source)
     network = Network(models.logits_fn(model, jax.device_put(variables, parallel.replicated(mesh))))
-    points = {"images": np.array(jax.device_get(to_float(source.images)), np.float32), "labels": np.asarray(source.labels, np.int32)}
+    images = np.array(jax.device_get(to_float(source.images)), np.float32)
+    points = {"images": images, "labels": np.asarray(source.labels, np.int32)}
     size = _equal_batches(n, batch_size)
     key = jax.random.key(seed)
     try:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxrd.config import BOOKKEEPING
 from jaxrd.errors import InputError
-from jaxrd.evaluation import plots
+from jaxrd.evaluation.names import epsilon_text, norm_name
 from jaxrd.evaluation.plots import is_number
 from jaxrd.training.log import read_metrics
 
@@ -51,8 +51,8 @@ def summary(workdirs: Iterable[str | Path]) -> list[dict]:
 
     Returns:
       Rows with "workdir", "role" ("teacher" or "student"), "method", "student", "parameters", "data", "train_examples"
-      (None: all, or unknown), "norm", "epsilon", "seed", "teacher", "accuracy" and "measures" (from `evaluation.json`,
-      empty where it is absent) and "config" (flat: "method.igdm" -> value).
+      (None: all, or unknown), "norm", "epsilon", "seed", "teacher", "accuracy", "measures" and "flags" (cascade -> what makes
+      its accuracy doubtful; from `evaluation.json`, empty where it is absent) and "config" (flat: "method.igdm" -> value).
 
     Raises:
       InputError: a directory is missing or is no run directory, or one of its files is damaged.
@@ -71,7 +71,7 @@ def aggregate(rows: Sequence[dict]) -> list[dict]:
 
     Returns:
       Rows in the order of first appearance: the common fields, "variant", "label", "workdirs", "seeds" (how many are
-      evaluated) and "values": name -> {"mean", "sd" (ddof=1; None for one value), "n"}.
+      evaluated), "values" (see `spread`) and "flags": cascade -> [(workdir, flag)].
     """
     collected = {}
     for row in rows:
@@ -154,6 +154,7 @@ def to_rows(runs: Iterable[Run]) -> list[dict]:
             "teacher": str(config.get("teacher") or described.get("teacher") or ""),
             "accuracy": evaluation.get("accuracy", {}),
             "measures": {name: measured[name] for name in MEASURES if name in measured},
+            "flags": {name: found.get("flags", []) for name, found in evaluation.get("cascades", {}).items()},
             "config": flat(config),
         })
     named = {Path(row["teacher"]) for row in rows if row["teacher"]}
@@ -173,13 +174,22 @@ def collapse(rows: Sequence[dict]) -> dict:
     for key in ("train_examples", "parameters"):
         group[key] = next((row[key] for row in rows if row[key] is not None), None)
     results = [{**row["accuracy"], **row["measures"]} for row in rows]
-    group["values"] = {}
-    for name in dict.fromkeys(name for result in sorted(results, key=len, reverse=True) for name in result):
-        values = [float(result[name]) for result in results if name in result]
-        group["values"][name] = {"mean": statistics.fmean(values), "n": len(values),
-                                 "sd": statistics.stdev(values) if len(values) > 1 else None}
+    group["values"], group["flags"] = spread(results), {}
+    for row in rows:
+        for name, flags in row["flags"].items():
+            group["flags"].setdefault(name, []).extend((row["workdir"], flag) for flag in flags)
     return group | {"workdirs": [row["workdir"] for row in rows], "seeds": sum(map(bool, results)),
                     "teachers": sorted({row["teacher"] for row in rows} - {""}), "config": rows[0]["config"]}
+
+
+def spread(results: Sequence[dict]) -> dict[str, dict]:
+    """Returns name -> {"mean", "sd" (ddof=1; None for one value), "n"} of numbers by name, over those that have the name."""
+    spreads = {}
+    for name in dict.fromkeys(name for result in results for name in result):
+        values = [float(result[name]) for result in results if name in result]
+        spreads[name] = {"mean": statistics.fmean(values), "n": len(values),
+                         "sd": statistics.stdev(values) if len(values) > 1 else None}
+    return spreads
 
 
 def images_text(group: dict) -> str:
@@ -189,7 +199,7 @@ def images_text(group: dict) -> str:
 
 def radius_text(group: dict) -> str:
     """Returns the radius of the group's threat model, as it is usually written."""
-    return plots.epsilon_text(group["epsilon"]) if is_number(group["epsilon"]) else str(group["epsilon"])
+    return epsilon_text(group["epsilon"]) if is_number(group["epsilon"]) else str(group["epsilon"])
 
 
 def count_text(value: Any) -> str:
@@ -218,7 +228,8 @@ def _read(workdir):
         raise InputError(f'"{workdir}" holds no config.json; give a run directory, as python -m launch.train makes it')
     config = _json(workdir / "config.json", "restore the file or train the run again")
     evaluation = {}
-    again = f"run python -m launch.evaluate --workdir={workdir} again"
+    # Delete it: an evaluation keeps what earlier ones have measured.
+    again = f"delete it and run python -m launch.evaluate --workdir={workdir} again"
     if (workdir / "evaluation.json").is_file():
         evaluation = _json(workdir / "evaluation.json", again)
         evaluation = {name: value for name, value in evaluation.items() if value is not None}
@@ -237,7 +248,8 @@ def _json(path, way_out):
 
 
 def _check(evaluation, path, way_out):
-    for name in ("run", "data", "threat", "accuracy", "attacks", "alignment", "training", "robustness_curve"):
+    for name in ("run", "data", "threat", "accuracy", "attacks", "alignment", "training", "robustness_curve",
+                 "cascades"):
         if not isinstance(evaluation.get(name, {}), dict):
             raise InputError(f"{path}: {name} is {short(evaluation[name])} instead of an object; {way_out}")
     curve = evaluation.get("robustness_curve") or {"epsilon": [], "accuracy": []}
@@ -250,9 +262,37 @@ def _check(evaluation, path, way_out):
             raise InputError(f"{path}: accuracy {name} is {short(value)}, outside [0, 1]; {way_out}")
     numbers = [*radii, *(value for section in ("alignment", "training") for name, value in evaluation.get(section, {}).items()
                          if name in MEASURES)]
-    for value in numbers + [evaluation["threat"].get("epsilon")] * ("threat" in evaluation):
-        if not (is_number(value) and math.isfinite(value)):
+    if "threat" in evaluation:
+        numbers.append(evaluation["threat"].get("epsilon"))
+    for value in numbers:
+        if not _finite(value):
             raise InputError(f"{path}: {short(value)} stands where a finite number belongs; {way_out}")
+    for name, found in evaluation.get("cascades", {}).items():
+        _check_cascade(found, f"cascades.{name}", path, way_out)
+
+
+def _check_cascade(found, name, path, way_out):
+    def check(fits, part, value, wanted):
+        if not fits:
+            raise InputError(f"{path}: {name}{part} is {short(value)} instead of {wanted}; {way_out}")
+
+    check(isinstance(found, dict), "", found, "an object")
+    for part in ("stages", "seconds", "passes"):
+        check(isinstance(found.get(part, {}), dict), f".{part}", found.get(part), "an object")
+    check(found.get("stages"), ".stages", found.get("stages"), "the accuracy after each stage")
+    for stage, value in found["stages"].items():
+        check(_finite(value) and 0 <= value <= 1, f".stages.{stage}", value, "an accuracy in [0, 1]")
+    for stage, value in found.get("seconds", {}).items():
+        check(_finite(value) and value >= 0, f".seconds.{stage}", value, "a number of at least 0")
+    for stage, pair in found.get("passes", {}).items():
+        fits = isinstance(pair, list) and len(pair) == 2 and all(_finite(value) and value >= 0 for value in pair)
+        check(fits, f".passes.{stage}", pair, "two numbers of at least 0, forward and backward")
+    flags = found.get("flags", [])
+    check(isinstance(flags, list) and all(isinstance(flag, str) for flag in flags), ".flags", flags, "a list of strings")
+
+
+def _finite(value):
+    return is_number(value) and math.isfinite(value)
 
 
 def _apart(rows, differences):
@@ -297,7 +337,7 @@ def _label(group, groups):
     peers = [other for other in groups if (other["role"], other["method"]) == (group["role"], group["method"])]
     label = group["method"]
     for key, text in (("variant", f"[{group['variant']}]"), ("train_examples", f"{images_text(group)} images"),
-                      ("student", group["student"]), ("data", group["data"]), ("norm", plots.norm_name(group["norm"])),
+                      ("student", group["student"]), ("data", group["data"]), ("norm", norm_name(group["norm"])),
                       ("epsilon", f"ε {radius_text(group)}")):
         same = [other for other in peers if other[key] == group[key]]
         if len(same) < len(peers) and (key != "variant" or group["variant"]):

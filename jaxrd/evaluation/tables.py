@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jaxrd.evaluation import plots
+from jaxrd.evaluation.names import attack_name, attack_order, norm_name
 from jaxrd.evaluation.runs import MEASURES, aggregate, images_text, radius_text, summary
 
-_DEFAULT_COLUMNS = ("clean", "fgsm", "pgd20", "cw30", "strong")
+_DEFAULT_COLUMNS = ("clean", "fgsm", "pgd20", "cw30", "autoattack")
+_MARK = "†"
 
 
 def table(workdirs: Iterable[str | Path]) -> str:
@@ -20,16 +21,21 @@ def table(workdirs: Iterable[str | Path]) -> str:
       workdirs: run directories.
 
     Returns:
-      Lines without a trailing newline; the teacher, if listed, comes first.
+      Lines without a trailing newline; the teacher, if listed, comes first. Below stand the flags of the accuracies that are
+      marked with a dagger: what makes them doubtful.
 
     Raises:
       InputError: see `summary`.
     """
-    (header, *body), left = _text_table(workdirs)
+    (header, *body), left, notes = _text_table(workdirs)
+    # Daggers hang, so that digits stay below digits.
+    marked = [any(cell.endswith(_MARK) for cell in column) for column in zip(*body)]
+    header, *body = [[cell + " " if hangs and not cell.endswith(_MARK) else cell for cell, hangs in zip(cells, marked)]
+                     for cells in (header, *body)]
     widths = [max(map(len, column)) for column in zip(header, *body)]
     lines = ["  ".join(cell.ljust(width) if place < left else cell.rjust(width)
                        for place, (cell, width) in enumerate(zip(cells, widths))).rstrip() for cells in (header, *body)]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:], *notes])
 
 
 def markdown_table(workdirs: Iterable[str | Path]) -> str:
@@ -39,16 +45,17 @@ def markdown_table(workdirs: Iterable[str | Path]) -> str:
       workdirs: run directories.
 
     Returns:
-      Lines without a trailing newline.
+      Lines without a trailing newline; flags as in `table`, a paragraph each.
 
     Raises:
       InputError: see `summary`.
     """
     special = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|", "*": "\\*"})
-    lines, left = _text_table(workdirs)
+    lines, left, notes = _text_table(workdirs)
     header, *body = [[cell.translate(special) for cell in cells] for cells in lines]
     rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+    rows = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *body)]
+    return "\n".join(rows + [f"\n{note.translate(special)}" for note in notes])
 
 
 def columns(groups: Sequence[dict]) -> list[tuple[str, str]]:
@@ -58,16 +65,15 @@ def columns(groups: Sequence[dict]) -> list[tuple[str, str]]:
       groups: from `runs.aggregate`.
     """
     students = [group for group in groups if group["role"] == "student"]
-    fullest_first = sorted(groups, key=lambda group: -len(group["values"]))
-    present = dict.fromkeys(name for group in fullest_first for name in group["values"])
-    names = [name for name in present if name not in MEASURES] or _DEFAULT_COLUMNS
+    present = {name for group in groups for name in group["values"]}
+    names = sorted(present - set(MEASURES), key=attack_order) or _DEFAULT_COLUMNS
     return [("method", "method"),
             *([("student", "model")] if len({group["student"] for group in students}) > 1 else []),
             *([("data", "data")] if len({group["data"] for group in groups}) > 1 else []),
             *([("threat", "threat")] if len({(group["norm"], group["epsilon"]) for group in groups}) > 1 else []),
             ("train_examples", "train images"),
             *([("seeds", "seeds")] if any(group["seeds"] > 1 for group in groups) else []),
-            *((name, plots.attack_name(name)) for name in names),
+            *((name, attack_name(name)) for name in names),
             *((name, heading) for name, heading in MEASURES.items() if name in present)]
 
 
@@ -82,7 +88,7 @@ def cell(group: dict, key: str) -> str:
         variant = f" [{group['variant']}]" if group["variant"] else ""
         return group["method"] + variant + (" (teacher)" if group["role"] == "teacher" else "")
     if key == "threat":
-        return f"{plots.norm_name(group['norm'])} {radius_text(group)}"
+        return f"{norm_name(group['norm'])} {radius_text(group)}"
     if key == "train_examples":
         return images_text(group)
     if key in ("student", "data", "seeds"):
@@ -95,6 +101,21 @@ def cell(group: dict, key: str) -> str:
     else:
         mean, sd, decimals = 100 * mean, None if sd is None else 100 * sd, 1
     return f"{mean:.{decimals}f}" + ("" if sd is None else f" ± {sd:.{decimals}f}")
+
+
+def mark(group: dict, key: str) -> str:
+    """Returns the dagger that stands after a group's cell where some run's flags make its number doubtful, else nothing."""
+    return _MARK if group["flags"].get(key) and key in group["values"] else ""
+
+
+def flags(groups: Sequence[dict]) -> list[tuple[str, str]]:
+    """Returns (run and attack, flag) for everything that makes an accuracy of the groups doubtful."""
+    attacks = {}
+    for group in groups:
+        for name in sorted(group["flags"], key=attack_order):
+            for found in group["flags"][name]:
+                attacks.setdefault(found, []).append(attack_name(name))
+    return [(f"{workdir}, {' and '.join(names)}", flag) for (workdir, flag), names in attacks.items()]
 
 
 def best(groups: Sequence[dict], key: str) -> set[int]:
@@ -113,8 +134,9 @@ def best(groups: Sequence[dict], key: str) -> set[int]:
 
 
 def _text_table(workdirs):
-    """Returns the header and the rows as text, and how many of the columns, the first ones, hold text."""
+    """Returns the header and the rows as text, how many of the columns, the first ones, hold text, and the flags."""
     groups = aggregate(summary(workdirs))
     chosen = columns(groups)
-    lines = [[heading for _, heading in chosen], *([cell(group, key) for key, _ in chosen] for group in groups)]
-    return lines, text_columns(chosen)
+    body = [[cell(group, key) + mark(group, key) for key, _ in chosen] for group in groups]
+    lines = [[heading for _, heading in chosen], *body]
+    return lines, text_columns(chosen), [f"{_MARK} {where}: {flag}" for where, flag in flags(groups)]

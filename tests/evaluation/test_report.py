@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from jaxrd.errors import InputError
 from jaxrd.evaluation import plots, report
+from jaxrd.evaluation.names import attack_name
+from jaxrd.evaluation.runs import read_runs
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -44,6 +47,45 @@ def make_run(workdir, method="ard", seed=0, accuracy=None, teacher="", examples=
              labels=np.array([1, 2, 3]), clean_prediction=np.array([1, 2, 0]),
              adversarial_prediction=np.array([1, 0, 0]), attack="pgd20")
     return workdir
+
+
+def add_cascade(workdir, name="autoattack", flags=(), seconds=40.0, **stages) -> Path:
+    """Adds a cascade to a fabricated evaluation of 600 images: 5,000 forward and 2,000 backward passes per attack."""
+    stages = {stage.replace("_", "-"): accuracy for stage, accuracy in stages.items()}
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    evaluation["accuracy"][name] = list(stages.values())[-1]
+    evaluation["attacks"][name] = {"version": "standard", "description": f"The worst case over {len(stages) - 1} attacks."}
+    evaluation.setdefault("cascades", {})[name] = {
+        "stages": stages, "rescored_accuracy": list(stages.values())[-1], "flags": list(flags),
+        "passes": {stage: [600, 0] if stage == "clean" else [5000, 2000] for stage in stages},
+        "zero_gradients": {"apgd-ce": 0}, "seconds": {stage: seconds / len(stages) for stage in stages},
+        "file": "evaluation/result.npz"}
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+    return workdir
+
+
+FLAG = "square: without gradients, Square breaks 3% <more> than all attacks before it"
+STAGES = {"ard_0": (0.93, 0.44, 0.42, 0.41, 0.40), "ard_1": (0.91, 0.42, 0.40, 0.38, 0.36),
+          "igdm_0": (0.96, 0.56, 0.53, 0.52, 0.50)}
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    """Two seeds of one method and one of another under AutoAttack, a flag on the second, and a run without it."""
+    tmp_path = tmp_path_factory.mktemp("attacked")
+    workdirs = []
+    for name, accuracies in STAGES.items():
+        method, seed = "ard+igdm" if "igdm" in name else "ard", int(name[-1])
+        workdir = make_run(tmp_path / name, method, seed, {"clean": accuracies[0], "pgd20": accuracies[1] + 0.02})
+        stages = dict(zip(("clean", "apgd_ce", "apgd_t", "fab_t", "square"), accuracies))
+        workdirs.append(add_cascade(workdir, flags=[FLAG] * (name == "ard_1"), seconds=40.0 + 10 * seed, **stages))
+    return [*workdirs, make_run(tmp_path / "rslad", "rslad", 0, {"clean": 0.9, "pgd20": 0.3})]
+
+
+@pytest.fixture(scope="module")
+def attacked_page(attacked, tmp_path_factory):
+    """The text of the report of all of them."""
+    return report.write(attacked, tmp_path_factory.mktemp("reports") / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +128,14 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.tables == 1 and self.rows and self.rows[-1]:
             self.rows[-1][-1] += data
+
+
+def table_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table in the section of a page."""
+    section = re.search(f"<h2>{re.escape(heading)}</h2>(.*?)</section>", page, re.DOTALL).group(1)
+    rows = re.findall("<tr>(.*?)</tr>", section.partition("</table>")[0], re.DOTALL)
+    return [[re.sub("<.*?>", "", cell.replace("<br>", " ")) for cell in re.findall("<t[hd] .*?>(.*?)</t[hd]>", row)]
+            for row in rows]
 
 
 def cells(line: str) -> list[str]:
@@ -190,6 +240,82 @@ def test_markdown_table_holds_the_same_cells(runs):
     assert [line.strip("| ").split(" | ") for line in lines] == [cells(line) for line in plain]
 
 
+def test_attacks_stand_in_one_order_whatever_that_of_the_files(tmp_path):
+    names = ["zoo", "autoattack_plus", "strong", "cw30", "autoattack", "fast", "pgd100", "apgd_t", "pgd50", "pgd7", "pgd20",
+             "mim", "fgsm", "clean"]
+    workdirs = [make_run(tmp_path / "a", "ard", 0, dict.fromkeys(names, 0.5)),
+                make_run(tmp_path / "b", "rslad", 0, dict.fromkeys(names[::-2], 0.5))]
+    assert cells(report.table(workdirs).splitlines()[0])[2:] == [
+        "clean", "FGSM", "MI-FGSM", "PGD-7", "PGD-20", "PGD-50", "PGD-100", "CW-30", "strong", "APGD-CE+T", "AutoAttack",
+        "AutoAttack+", "APGD-T", "zoo"]
+
+
+def test_runs_without_an_evaluation_leave_the_usual_columns_empty(tmp_path):
+    header, _, row = report.table([make_run(tmp_path / "run")]).splitlines()
+    assert cells(header)[2:] == ["clean", "FGSM", "PGD-20", "CW-30", "AutoAttack"]
+    assert cells(row)[2:] == ["-"] * 5
+
+
+def test_stages_of_a_cascade_are_means_over_seeds(attacked_page):
+    header, ard, igdm = table_of(attacked_page, "AutoAttack, stage by stage")
+    assert header == ["method", "seeds", "clean", "after APGD-CE", "after APGD-T", "after FAB-T", "after Square", "seconds",
+                      "forwards per robust image", "backwards per robust image"]
+    pairs = [[100 * value for value in pair] for pair in zip(STAGES["ard_0"], STAGES["ard_1"])]
+    expected = [f"{statistics.mean(pair):.1f} ± {statistics.stdev(pair):.1f}" for pair in pairs]
+    # 20,600 forward and 8,000 backward passes; 240 and 216 images are robust.
+    assert ard == ["ard", "2", *expected[:4], expected[4] + "†", "45", "91", "35"]
+    assert igdm == ["ard+igdm", "1", "96.0", "56.0", "53.0", "52.0", "50.0", "40", "69", "27"]
+
+
+def test_stages_need_neither_costs_nor_a_robust_image(tmp_path):
+    workdir = add_cascade(make_run(tmp_path / "run", accuracy={"clean": 0.9}), clean=0.9, apgd_ce=0.0)
+    free = add_cascade(make_run(tmp_path / "free", "rslad", accuracy={"clean": 0.9}), clean=0.9, apgd_ce=0.25)
+    evaluation = json.loads((free / "evaluation.json").read_text())
+    evaluation["cascades"]["autoattack"] = {"stages": evaluation["cascades"]["autoattack"]["stages"]}
+    (free / "evaluation.json").write_text(json.dumps(evaluation))
+    page = report.write([workdir, free], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert table_of(page, "AutoAttack, stage by stage") == [
+        ["method", "clean", "after APGD-CE", "seconds"], ["ard", "90.0", "0.0", "40"], ["rslad", "90.0", "25.0", "-"]]
+
+
+def test_two_attacks_of_autoattack_are_not_called_autoattack(tmp_path):
+    workdir = add_cascade(make_run(tmp_path / "run", accuracy={"clean": 0.9}), "fast", clean=0.9, apgd_ce=0.5, apgd_t=0.45)
+    page = report.write([workdir], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert table_of(page, "APGD-CE+T, stage by stage")[1][:4] == ["ard", "90.0", "50.0", "45.0"]
+    assert "AutoAttack" not in page + report.table([workdir]) + report.markdown_table([workdir])
+
+
+def test_a_flag_marks_its_number_and_names_its_run(attacked, attacked_page):
+    marked = "38.0 ± 2.8†"
+    header, rule, ard, igdm, rslad, note = report.table(attacked).splitlines()
+    assert cells(ard)[-1] == marked and sum(line.count("†") for line in (header, rule, igdm, rslad)) == 0
+    assert note == f"† {attacked[1]}, AutoAttack: {FLAG}"
+    assert len(igdm) == len(ard) - len("†")  # The dagger hangs: digits stand below digits.
+    *lines, empty, note = report.markdown_table(attacked).splitlines()
+    assert lines[2].endswith(f"| {marked} |") and empty == "" and note.endswith("3% &lt;more> than all attacks before it")
+    assert [row[-1] for row in table_of(attacked_page, "Settings")[1:3]] == ["40.0", "36.0†"]
+    results = table_of(attacked_page, "Results")
+    assert [row[-1] for row in results] == ["AutoAttack", marked, "50.0", "-"]
+    box = re.search('<div class="flags".*?</div>', attacked_page).group(0)
+    assert re.findall("<li><b>(.*?)</b>: (.*?)</li>", box) == [(f"{attacked[1]}, AutoAttack", escape(FLAG))]
+
+
+def test_one_flag_on_two_cascades_is_listed_once(tmp_path):
+    workdir = make_run(tmp_path / "run", accuracy={"clean": 0.9})
+    add_cascade(workdir, flags=["probabilities: as after a softmax", "square: ahead"], clean=0.9, square=0.5)
+    add_cascade(workdir, "fast", flags=["probabilities: as after a softmax"], clean=0.9, apgd_ce=0.6)
+    lines = report.table([workdir]).splitlines()
+    assert cells(lines[2])[-2:] == ["60.0†", "50.0†"]
+    assert lines[3:] == [f"† {workdir}, APGD-CE+T and AutoAttack: probabilities: as after a softmax",
+                         f"† {workdir}, AutoAttack: square: ahead"]
+
+
+def test_evaluations_without_cascades_say_nothing_of_them(runs, comparison):
+    text = comparison.read_text(encoding="utf-8")
+    for absent in ("†", "stage by stage", "AutoAttack", "Stars", 'class="flags"'):
+        assert absent not in text + report.table(runs) + report.markdown_table(runs)
+
+
 def test_a_moved_teacher_is_still_recognised(tmp_path):
     teacher = make_run(tmp_path / "teacher", "pgd_at", accuracy={"clean": 0.9})
     student = make_run(tmp_path / "ard", teacher="elsewhere/teacher", accuracy={"clean": 0.9})
@@ -267,6 +393,15 @@ def test_best_student_is_marked_and_the_teacher_is_not(comparison):
     lambda run: (run / "evaluation.json").write_text('{"accuracy": {"clean": "high"}}'),
     lambda run: (run / "evaluation.json").write_text('{"robustness_curve": {"epsilon": [0, 0.1], "accuracy": [0.9]}}'),
     lambda run: (run / "evaluation.json").write_bytes(b"\xff\xfe\x00"),
+    lambda run: (run / "evaluation.json").write_text('{"cascades": ["autoattack"]}'),
+    lambda run: (run / "evaluation.json").write_text('{"cascades": {"autoattack": 0.4}}'),
+    *(lambda run, part=part: (run / "evaluation.json").write_text(
+        '{"cascades": {"autoattack": {"stages": {"clean": 0.9}, %s}}}' % part) for part in (
+            '"stages": {}', '"stages": [0.9]', '"stages": {"clean": 93}', '"stages": {"clean": NaN}',
+            '"stages": {"clean": true}', '"stages": null', '"flags": "square: ahead"', '"flags": [1]', '"flags": null',
+            '"passes": [600, 0]', '"passes": {"clean": 600}', '"passes": {"clean": [600]}', '"passes": {"clean": [600, -1]}',
+            '"passes": {"clean": [600, Infinity]}', '"seconds": 3', '"seconds": {"clean": "long"}',
+            '"seconds": {"clean": -1}')),
     lambda run: (run / "config.json").write_text("{"),
     lambda run: (run / "config.json").unlink(),
     lambda run: (run / "evaluation" / "gallery.npz").write_bytes(b"PK\x03\x04 cut"),
@@ -292,9 +427,51 @@ def test_missing_directories_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("key, name", [("clean", "clean"), ("fgsm", "FGSM"), ("pgd20", "PGD-20"), ("cw30", "CW-30"),
-                                       ("apgd_ce", "APGD-CE"), ("autoattack", "AutoAttack"), ("strong", "strong")])
+                                       ("apgd_ce", "APGD-CE"), ("autoattack", "AutoAttack"), ("strong", "strong"),
+                                       ("mim", "MI-FGSM"), ("fast", "APGD-CE+T"), ("autoattack_plus", "AutoAttack+"),
+                                       ("fab_t", "FAB-T"), ("apgd_dlr", "APGD-DLR"), ("square", "Square")])
 def test_attack_names(key, name):
-    assert plots.attack_name(key) == name
+    assert attack_name(key) == name
+
+
+def curves_of(workdirs) -> list[plots.Line]:
+    groups = report.aggregate(report.summary(workdirs))
+    runs = {str(run.workdir): run for run in read_runs(workdirs)}
+    return plots.lines([(group["label"], group["method"], False, tuple(runs[workdir] for workdir in group["workdirs"]))
+                        for group in groups])
+
+
+def stars_of(axis) -> dict[str, tuple[float, float]]:
+    """The colour of each star in a panel -> where it stands."""
+    return {line.get_color(): (float(line.get_xdata()[0]), float(line.get_ydata()[0]))
+            for line in axis.lines if line.get_marker() == "*"}
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_stars_stand_at_the_mean_under_autoattack(attacked, narrow):
+    ard, igdm, rslad = rows = curves_of(attacked)
+    figure = plots.robust_accuracy(rows, narrow)
+    axis, = figure.axes
+    assert axis.get_title(loc="left") == "Accuracy under PGD-20, %"
+    assert stars_of(axis) == {ard.colour: (0.2, pytest.approx(38.0)), igdm.colour: (0.2, pytest.approx(50.0))}
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["ard", "ard+igdm", "rslad", "AutoAttack"]
+
+
+def test_one_row_with_a_star_has_a_legend_for_it(attacked, tmp_path):
+    figure = plots.robust_accuracy(curves_of(attacked[2:3]))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["AutoAttack"]
+    assert not plots.robust_accuracy(curves_of(attacked[3:])).legends
+
+
+def test_a_curve_of_autoattack_needs_no_star(tmp_path):
+    workdir = add_cascade(make_run(tmp_path / "run", accuracy={"clean": 0.9}), clean=0.9, square=0.4)
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    evaluation["robustness_curve"]["attack"] = "autoattack"
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+    figure = plots.robust_accuracy(curves_of([workdir]))
+    assert figure.axes[0].get_title(loc="left") == "Accuracy under AutoAttack, %"
+    assert stars_of(figure.axes[0]) == {} and not figure.legends
 
 
 def test_a_method_has_one_colour_and_its_rows_differ_in_style():
