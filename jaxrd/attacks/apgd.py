@@ -25,13 +25,13 @@ from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
 from jaxrd.attacks.pgd import loop_unroll
 from jaxrd.attacks.results import AttackResult
 from jaxrd.attacks.search import (
-    Passes, Run, State, attack, check_classes, check_count, check_labels, check_target, step_keys, targets_of)
+    Passes, Run, State, attack, check_classes, check_count, check_labels, check_target, step_keys, targets_of,
+    unit_noise)
 from jaxrd.errors import InputError, choose
 from jaxrd.threat import ThreatModel
 
 Array = jax.Array
 
-_TINY = 1e-12
 _MOMENTUM = 0.75  # weight of the gradient step; the rest is the step before
 _RAISED = 0.75  # share of steps that must have raised the loss
 _LOSSES = {"ce": objectives.cross_entropy, "dlr": objectives.dlr, "margin": objectives.margin,
@@ -101,7 +101,7 @@ def apgd(
         check_labels(labels, images, classes)
         check_target("apgd target", target, labels, classes)
     ranks = range(2, 2 + min(targets, classes - 1)) if loss == "dlr-targeted" and target is None else [0]
-    runs = [Run(Apgd(loss, steps, eot), rank, restart) for rank in ranks for restart in range(restarts)]
+    runs = [Run(Apgd(loss, steps, eot, target is not None), rank, restart) for rank in ranks for restart in range(restarts)]
     return attack(runs, key, network, images, labels, threat, target=target, start=x_init)
 
 
@@ -133,18 +133,25 @@ def checkpoints(steps: int) -> dict[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Apgd:
-    """APGD as a `Search`: see `apgd`."""
+    """APGD as a `Search`: see `apgd`.
+
+    Attributes:
+      loss, steps, eot: as there.
+      target_known: whether the batch has "target", so that no forward pass is needed to find it.
+    """
 
     loss: str = "ce"
     steps: int = 100
     eot: int = 1
+    target_known: bool = False
     differentiates = True
     stops_early = False
 
     @property
     def cost(self) -> dict[str, Passes]:
         step = Passes(self.eot, self.eot)
-        return {"start": Passes(self.eot + (self.loss == "dlr-targeted"), self.eot), "step": step, "finish": Passes()}
+        clean = self.loss == "dlr-targeted" and not self.target_known
+        return {"start": Passes(self.eot + clean, self.eot), "step": step, "finish": Passes()}
 
     def value(self, logits: Array, labels: Array) -> Array:
         return (_LOSSES["dlr"] if self.loss == "dlr-targeted" else _LOSSES[self.loss])(logits, labels)
@@ -159,7 +166,8 @@ class Apgd:
         state = {name: batch[name] for name in ("images", "labels", "key")}
         if self.loss == "dlr-targeted":
             state["target"] = targets_of(network, batch)
-        points = batch["start"] if "start" in batch else _random_start(batch["key"], images, threat)
+        points = batch["start"] if "start" in batch else jnp.clip(
+            images + threat.epsilon * unit_noise(batch["key"], images, threat.norm), *threat.bounds)
         loss, gradients, right, finite = self._climb(network, state, points, 0)
         none = jnp.zeros(labels.shape, bool)
         zero = jnp.zeros(labels.shape, jnp.float32)
@@ -220,19 +228,6 @@ class Apgd:
         total, told = jax.lax.scan(draw, jnp.zeros_like(points), number * self.eot + jnp.arange(self.eot), unroll=loop_unroll())
         loss, right, finite = told
         return loss[-1], total / self.eot, right[-1], jnp.all(finite, axis=0)
-
-
-def _random_start(keys, images, threat):
-    """The images moved by a random direction of the radius's length, then into the bounds."""
-    size = int(np.prod(images.shape[1:]))
-    if threat.norm == "linf":
-        noise = jax.vmap(lambda key: jax.random.uniform(key, (size,), minval=-1.0, maxval=1.0))(keys)
-        length = jnp.max(jnp.abs(noise), axis=1, keepdims=True)
-    else:
-        noise = jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys)
-        length = jnp.sqrt(jnp.sum(noise**2, axis=1, keepdims=True))
-    moved = images + threat.epsilon * (noise / (length + _TINY)).reshape(images.shape)
-    return jnp.clip(moved, *threat.bounds)
 
 
 def _where(condition, a, b):

@@ -1,11 +1,11 @@
 """The nearest point of a box on a hyperplane, for many points at once: what FAB (Croce & Hein 2020, "Minimally distorted
 adversarial examples with a fast adaptive boundary attack") asks for twice in every step.
 
-By duality one number per point decides: the nearest point has moved every coordinate towards the hyperplane by `reach` times the
-coordinate's rate (1 for L-infinity, |w_i| for L2), or to the border of the box where that comes first. How far the hyperplane
-is approached is a concave, piecewise linear and increasing function of `reach`, on which Newton's method from 0 never passes
-the solution, and meets it exactly once it has found out which coordinates end at the border. It does so in a handful of passes
-over the coordinates: on CPU 12 to 35 times faster than by sorting them, and 3 to 5 times faster than by bisection in float32.
+By duality one number per point decides: the nearest point has moved every coordinate towards the hyperplane by `reach` times
+the coordinate's rate (1 for L-infinity, |w_i| for L2), or to the border of the box where that comes first. How far the
+hyperplane is approached is a concave, piecewise linear and increasing function of `reach`, on which Newton's method from 0
+never passes the solution, and meets it exactly once it has found out which coordinates end at the border. It does so in a
+handful of passes over the coordinates: on CPU 12 to 90 times faster than by sorting them, 2 to 6 times than by 60 bisections.
 """
 
 import jax
@@ -13,22 +13,22 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# Entries this much smaller than a normal's largest count as 0: all that they could add is lost in the rounding of the others, and
-# to make up for such rounding they would have to move without measure.
+# Entries this much smaller than a normal's largest count as 0: all that they could add is lost in the rounding of the others,
+# and to make up for such rounding they would have to move without measure.
 _NEGLIGIBLE = 1e-8
 
 
 def onto_hyperplane(points: Array, normal: Array, excess: Array, norm: str, bounds: tuple[float, float]) -> Array:
     """Returns the displacement d that takes each point to the nearest point of the box on its hyperplane.
 
-    min ||d||  such that  <w, t + d> = b  and  low <= t + d <= high;  where no point of the box lies on the hyperplane, d goes to
-    the corner that comes closest to it. In L-infinity the nearest point is not unique; it is the one in which every coordinate
-    moves as far as the others. A coordinate in which the normal is 0 never moves, and with an all-zero normal none does.
+    min ||d||  such that  <w, t + d> = b  and  low <= t + d <= high;  where no point of the box lies on the hyperplane, d goes
+    to the corner that comes closest to it. In L-infinity the nearest point is not unique; it is the one in which every
+    coordinate moves as far as the others. Where the normal is 0 a coordinate never moves.
 
     Args:
       points: [..., size] float32, t, inside the box.
       normal: [..., size] float32, w, of any length above 0; shapes broadcast.
-      excess: [...] float32, <w, t> - b: given instead of b, since the caller knows it without the rounding of two large products.
+      excess: [...] float32, <w, t> - b: instead of b, since the caller knows it without the rounding of two large products.
       norm: "linf" or "l2".
       bounds: low and high.
 

@@ -25,6 +25,7 @@ from jaxrd.threat import ThreatModel, example_keys
 Array = jax.Array
 State = dict[str, Array]  # every leaf [batch, ...]
 
+_TINY = 1e-12
 LEAST_CLASSES = {"dlr": 3, "dlr-targeted": 4}  # that a loss is defined for
 
 
@@ -207,6 +208,8 @@ def attack(
     images: Array,
     labels: Array,
     threat: ThreatModel,
+    *,
+    best_of_runs: bool = False,
     **points: Array | None,
 ) -> AttackResult:
     """Returns the outcome of several runs, each on the points that those before it left: the body of every public attack.
@@ -218,6 +221,7 @@ def attack(
       images: [batch, h, w, c] float32.
       labels: [batch] int.
       threat: norm and radius.
+      best_of_runs: give every run all points, and keep of each the adversarial image with the largest loss.
       **points: further entries of `Search.start`'s batch; None is left out.
 
     Raises:
@@ -229,7 +233,7 @@ def attack(
     given = {"images": images, "labels": labels} | {name: value for name, value in points.items() if value is not None}
     keys = example_keys(key, images.shape[0])
     if any(isinstance(leaf, jax.core.Tracer) for leaf in (*given.values(), keys, *network.leaves, threat.epsilon)):
-        return _attack_traced(runs, network, given, keys, threat)
+        return _attack_traced(runs, network, given, keys, threat, best_of_runs)
     given = {name: np.asarray(value, np.int32 if name in ("labels", "target") else np.float32) for name, value in given.items()}
     if not (n := len(given["labels"])):
         raise InputError("images are none; give at least one")
@@ -240,15 +244,16 @@ def attack(
         raise InputError(f"target is {given['labels'][own][0]} for an image of that class; give another class")
     result = [given["images"].copy(), ~right, np.where(right, -np.inf, value).astype(np.float32)]
     for run in runs:
-        left = np.flatnonzero(~result[1])
+        left = np.flatnonzero(right if best_of_runs else ~result[1])
         for found in run_search(run.search, network, run.points(given), run.keys(keys), left, threat, sizes=sizes):
-            adversarial = found.indices[found.fooled]
-            result[0][adversarial], result[1][adversarial] = found.images[found.fooled], True
+            new = found.fooled & (~result[1][found.indices] | (found.loss > result[2][found.indices]))
+            adversarial = found.indices[new]
+            result[0][adversarial], result[1][adversarial] = found.images[new], True
             result[2][found.indices] = np.maximum(result[2][found.indices], found.loss)
     return AttackResult(*map(jnp.asarray, result))
 
 
-def _attack_traced(runs, network, points, keys, threat) -> AttackResult:
+def _attack_traced(runs, network, points, keys, threat, best_of_runs) -> AttackResult:
     right, _, value = _clean(runs[0].search, network, points | {"key": keys})
     result = AttackResult(points["images"], ~right, jnp.where(right, -jnp.inf, value))
     for run in runs:
@@ -259,10 +264,11 @@ def _attack_traced(runs, network, points, keys, threat) -> AttackResult:
         state, _ = jax.lax.scan(lambda state, row, search=run.search: (search.step(network, state, row, threat), None), state,
                                 run.search.rows(), unroll=loop_unroll() if run.search.steps <= 20 else 1)
         found = run.search.finish(network, state, threat)
-        new = found.fooled & ~result.fooled
+        left = right if best_of_runs else ~result.fooled
+        new = left & found.fooled & (~result.fooled | (found.loss > result.loss))
         result = AttackResult(
             jnp.where(new[:, None, None, None], found.images, result.images), result.fooled | new,
-            jnp.where(result.fooled, result.loss, jnp.maximum(result.loss, found.loss)))
+            jnp.where(left, jnp.maximum(result.loss, found.loss), result.loss))
     return jax.tree.map(jax.lax.stop_gradient, result)
 
 
@@ -284,6 +290,21 @@ def check_labels(labels: Array, images: Array, classes: int) -> None:
 def step_keys(state: State, row: Any) -> Array:
     """Returns the keys of one step, [batch]."""
     return jax.vmap(jax.random.fold_in, (0, None))(state["key"], row)
+
+
+def unit_noise(keys: Array, images: Array, norm: str) -> Array:
+    """Returns random directions of length 1 in the norm, one per image and shaped like them.
+
+    Uniform in [-1, 1] per pixel and scaled so that one pixel is at +-1 for "linf"; uniform on the sphere for "l2".
+    """
+    size = math.prod(images.shape[1:])
+    if norm == "linf":
+        noise = jax.vmap(lambda key: jax.random.uniform(key, (size,), minval=-1.0, maxval=1.0))(keys)
+        length = jnp.max(jnp.abs(noise), axis=1, keepdims=True)
+    else:
+        noise = jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys)
+        length = jnp.sqrt(jnp.sum(noise**2, axis=1, keepdims=True))
+    return (noise / (length + _TINY)).reshape(images.shape)
 
 
 def targets_of(network: Network, batch: State) -> Array:

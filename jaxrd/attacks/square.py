@@ -236,7 +236,7 @@ def _on_sphere(images, delta, threat):
 
 
 def _window(numbers, size, shape):
-    """Returns which pixels are in a window, [batch, h, w, 1] bool, and their coordinates in it, [batch, h, 1], [batch, 1, w]."""
+    """Returns which pixels a window has, [batch, h, w, 1] bool, and their coordinates in it, [batch, h, 1], [batch, 1, w]."""
     _, height, width, _ = shape
     corner = jnp.floor(numbers * (jnp.array([height, width]) - size)).astype(jnp.int32)
     rows = jnp.arange(height)[:, None] - corner[:, 0, None, None]

@@ -144,7 +144,7 @@ def evaluate(
 
 
 def _keep_earlier(path, record) -> None:
-    """Takes over what an evaluation of the same model on the same terms has measured; a file that cannot be read has nothing."""
+    """Takes over what an evaluation of the same model on the same terms measured; a file that cannot be read has nothing."""
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         if all(earlier.get(name) == record[name] for name in ("jaxrd", "run", "data", "threat", "seed")):

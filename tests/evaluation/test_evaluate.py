@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from jaxrd import models
+from jaxrd import attacks, models
 from jaxrd.errors import InputError
 from jaxrd.evaluation import evaluate as evaluation
 from jaxrd.training import loop
@@ -155,3 +156,82 @@ def test_a_teacher_that_is_gone_costs_the_alignment_and_nothing_else(student, tm
     assert "no such run directory" in lines[0] and "--teacher" in lines[0]
     with pytest.raises(InputError, match="^--teacher: .*no such run directory"):
         evaluate(workdir, "clean", teacher=str(tmp_path / "gone"))
+
+
+@pytest.fixture
+def short_cascade(monkeypatch):
+    """AutoAttack of few steps: its stages and not its strength are what counts here."""
+    module = sys.modules["jaxrd.attacks.autoattack"]
+    for name, value in (("_STEPS", 5), ("_QUERIES", 20), ("_TARGETS", 2)):
+        monkeypatch.setattr(module, name, value)
+
+
+def test_a_cascade_is_recorded_stage_by_stage_with_its_images(student, tmp_path, short_cascade):
+    workdir = tmp_path / "run"
+    shutil.copytree(student, workdir)
+    lines = []
+    record = evaluate(workdir, "clean,autoattack", say=lines.append)
+    found = record["cascades"]["autoattack"]
+    assert list(found["stages"]) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert found["stages"]["clean"] == record["accuracy"]["clean"] > found["stages"]["square"] > 0
+    assert record["accuracy"]["autoattack"] == found["stages"]["square"] == found["rescored_accuracy"]
+    assert found["passes"]["clean"] == [40, 0] and found["passes"]["apgd-ce"][1] == 6 * round(record["accuracy"]["clean"] * 40)
+    assert found["flags"] == [] and set(found["seconds"]) == set(found["stages"])
+    assert "AutoAttack, version standard" in record["attacks"]["autoattack"]["description"]
+    assert found["file"] == "evaluation/autoattack-test-step200-seed0/result.npz"
+    saved = attacks.AutoAttackResult.load(workdir / found["file"])
+    logits_fn = models.logits_fn(*models.restore(workdir))
+    right = np.argmax(np.asarray(logits_fn(saved.images)), axis=-1) == saved.labels
+    np.testing.assert_array_equal(right, saved.robust)
+    assert right.mean() == record["accuracy"]["autoattack"]
+    assert any(line.startswith(f"{workdir}: apgd-t 1/2: ") for line in lines)
+
+
+def test_a_killed_cascade_goes_on_and_comes_to_the_same(student, tmp_path, short_cascade):
+    workdir, whole = tmp_path / "run", tmp_path / "whole"
+    shutil.copytree(student, workdir)
+    shutil.copytree(student, whole)
+    expected = evaluate(whole, "clean,fast", batch_size=16)
+
+    class Killed(Exception):
+        pass
+
+    def die(line):
+        if "apgd-t 2/2" in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        evaluate(workdir, "clean,fast", batch_size=16, say=die)
+    kept = json.loads((workdir / "evaluation.json").read_text())
+    assert kept["accuracy"] == {"clean": expected["accuracy"]["clean"]}  # what was finished is in the file
+    lines = []
+    record = evaluate(workdir, "clean,fast", batch_size=16, say=lines.append)
+    assert any("going on after" in line for line in lines)
+    for name in ("stages", "passes", "flags"):
+        assert record["cascades"]["fast"][name] == expected["cascades"]["fast"][name]
+    assert not any("AutoAttack" in str(value) for value in record["cascades"].values())
+
+
+def test_attacks_of_several_calls_stand_side_by_side_while_their_terms_are_the_same(evaluated, tmp_path):
+    workdir, record, _ = evaluated
+    shutil.copytree(workdir, tmp_path / "run")
+    # The directory's name is one of the terms.
+    path = tmp_path / "run" / "evaluation.json"
+    path.write_text(path.read_text().replace(str(workdir), str(tmp_path / "run")))
+    more = evaluate(tmp_path / "run", "mim")
+    assert set(more["accuracy"]) == set(more["attacks"]) == {*record["accuracy"], "mim"}
+    assert {name: more["accuracy"][name] for name in record["accuracy"]} == record["accuracy"]
+    assert more["robustness_curve"] == record["robustness_curve"] and more["alignment"] == record["alignment"]
+    assert set(evaluate(tmp_path / "run", "mim", seed=1)["accuracy"]) == {"mim"}
+    path.write_text("{")
+    assert set(evaluate(tmp_path / "run", "mim")["accuracy"]) == {"mim"}
+
+
+def test_the_curve_may_be_of_another_attack_or_of_none(student, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(student, workdir)
+    assert "robustness_curve" not in evaluate(workdir, "clean,pgd20", curve="none")
+    curve = evaluate(workdir, "fgsm", curve="fgsm")["robustness_curve"]
+    assert curve["attack"] == "fgsm" and curve["accuracy"][0] >= curve["accuracy"][-1]
+    with pytest.raises(InputError, match="fgms"):
+        evaluate(workdir, "fgsm", curve="fgms")

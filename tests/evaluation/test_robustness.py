@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrd import InputError, ThreatModel, objectives
+from jaxrd import InputError, ThreatModel
 from jaxrd.data import from_arrays
 from jaxrd.evaluation import alignment, robustness
 from jaxrd.evaluation.robustness import PROTOCOLS, Protocol, run_attack
@@ -55,7 +55,8 @@ def mesh_of(devices):
     return parallel.data_mesh(jax.devices()[:devices])
 
 
-def attack(model=SMOOTH, variables=SMOOTH_VARIABLES, source=SMOOTH_SOURCE, protocol=SHORT, threat=LINF, *, devices=1, **options):
+def attack(model=SMOOTH, variables=SMOOTH_VARIABLES, source=SMOOTH_SOURCE, protocol=SHORT, threat=LINF, *, devices=1,
+           **options):
     return run_attack(model, variables, source, protocol, threat, mesh=mesh_of(devices), **options)
 
 
