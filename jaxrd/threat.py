@@ -135,6 +135,8 @@ class ThreatModel:
 
     def check_step_size(self, step_size: float) -> None:
         """Raises InputError where a step cannot make sense: 0 or less, or longer than the ball is wide (2 epsilon)."""
+        if isinstance(step_size, str):
+            raise InputError(f"attack step_size is {step_size!r}; give a number, such as 2 / 255")
         if not (isinstance(step_size, numbers.Real) and isinstance(self.epsilon, numbers.Real)):
             return  # traced
         if not 0 < step_size <= 2 * self.epsilon * (1 + 1e-6):

@@ -110,18 +110,21 @@ def autoattack(
     stages, flags = cascade(version, classes)
     version = version if isinstance(version, str) else "+".join(version)
     index = _checked_index(index, n)
-    keys = example_keys(key, n) if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(index))
+    if getattr(key, "ndim", None) == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(index, jnp.uint32))
+    else:
+        keys = example_keys(key, n)
     if mesh is not None:
         network = jax.device_put(network, NamedSharding(mesh, PartitionSpec()))
     sizes = batch_sizes(min(batch_size, n), 1 if mesh is None else mesh.size)
+    threat = ThreatModel(threat.norm, float(threat.epsilon), tuple(map(float, threat.bounds)))
     job = _Job(network, points, keys, threat, sizes, mesh)
 
     began = time.perf_counter()
     robust = job.score(points["images"], np.arange(n))
-    few = slice(0, sizes[0])
-    flags += trust.inspect(logits_fn, network, points["images"][few], keys[few], randomised=version == "rand")
+    flags += trust.inspect(logits_fn, network, points["images"], keys, threat.bounds, sizes[0], randomised=version == "rand")
     configuration = {
-        "version": version, "norm": threat.norm, "epsilon": float(threat.epsilon), "bounds": list(threat.bounds),
+        "version": version, "norm": threat.norm, "epsilon": threat.epsilon, "bounds": list(threat.bounds),
         "attacks": {stage.name: f"{len(stage.runs)} x {stage.runs[0].search}" for stage in stages}}
     metadata = {"jaxrd": jaxrd.__version__, "jax": jax.__version__, **fingerprint(
         network, points, keys, configuration, sizes[0])}
@@ -179,7 +182,7 @@ def cascade(version: str | Sequence[str], classes: int) -> tuple[list[Stage], li
         choose("autoattack version", version, VERSIONS)
         names = VERSIONS[version]
     else:
-        names = tuple(version)
+        names = tuple(version) if isinstance(version, Sequence) else (version,)
         for name in names:
             choose("autoattack version: attack", name, ATTACKS)
         if not names or len(set(names)) < len(names):
@@ -271,9 +274,10 @@ def _checked_index(index, n: int) -> np.ndarray:
     if index is None:
         return np.arange(n)
     index = np.asarray(index)
-    if index.shape != (n,) or not np.issubdtype(index.dtype, np.integer) or index.min() < 0:
+    if index.shape != (n,) or not np.issubdtype(index.dtype, np.integer) or index.min() < 0 or index.max() >= 2**32:
         raise InputError(
-            f"autoattack index is {index.dtype}{list(index.shape)}; give one whole number of at least 0 per image, [{n}]")
+            f"autoattack index is {index.dtype}{list(index.shape)}; give one whole number of at least 0 and below 2^32 "
+            f"per image, [{n}]")
     return index
 
 

@@ -43,7 +43,7 @@ class Progress:
             self._bar.set_postfix_str(f"robust {robust / self._total:.1%}", refresh=False)
             self._bar.update(points)
         elif self._say:
-            seconds = ahead * (time.perf_counter() - self._began) / self._done
+            seconds = ahead * (time.perf_counter() - self._began) / max(self._done, 1)
             self._say(f"{self._title()}: {self._size - self._left} of {self._size} points, "
                       f"{robust} of {self._total} robust so far" + (f", about {_duration(seconds)} left" if ahead else ""))
 

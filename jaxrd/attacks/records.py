@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import pathlib
-import zipfile
 
 import jax
 import numpy as np
@@ -50,20 +49,25 @@ class Record:
 
 
 def fingerprint(network: Network, points: dict[str, np.ndarray], keys: Array, configuration: dict, batch: int) -> dict:
-    """Returns what tells one evaluation from another, as JSON can hold it: "model", "logits", "data", "configuration".
+    """Returns what tells one evaluation from another, as JSON can hold it: "model", "logits", "data", "key", "configuration".
 
     Args:
       network: the function under attack.
       points: "images" and "labels".
-      keys: [n] typed keys.
+      keys: [n] typed keys, in which the seed and the images' indices are.
       configuration: what else there is to tell.
       batch: how many images to forward at once; the logits of the first few are kept.
     """
-    logits = logits_of(network, points["images"][:batch], keys[:batch])[:_LOGITS_OF]
+    few = np.arange(min(_LOGITS_OF, len(points["labels"])))
+    parts = [few[first:first + batch] for first in range(0, len(few), batch)]
+    padded = [np.resize(part, batch) for part in parts]
+    logits = np.concatenate([np.asarray(logits_of(network, points["images"][rows], keys[rows]))[:len(part)]
+                             for part, rows in zip(parts, padded)])
     return {
         "model": _hash(network.leaves),
-        "logits": np.round(np.asarray(logits, np.float64), 6).tolist(),
-        "data": _hash([points["images"], points["labels"], jax.random.key_data(keys)]),
+        "logits": np.asarray(logits, np.float64).tolist(),
+        "data": _hash([points["images"], points["labels"]]),
+        "key": _hash([keys]),
         "configuration": configuration}
 
 
@@ -93,7 +97,7 @@ class Records:
         directory = pathlib.Path(directory)
         header = directory / "run.json"
         if not header.is_file():
-            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            if directory.exists() and (not directory.is_dir() or any(path.suffix != ".tmp" for path in directory.iterdir())):
                 raise InputError(f'resume directory "{directory}" holds other things; name an empty or a new one')
             directory.mkdir(parents=True, exist_ok=True)
             _write(header, json.dumps({"format": _FORMAT} | identity, indent=1).encode())
@@ -136,13 +140,13 @@ def _check_identity(directory, header, identity):
     try:
         found = json.loads(header.read_text(encoding="utf-8"))
         logits = np.array(found["logits"], np.float64)
-        known = {name: found[name] for name in ("format", "jaxrd", "model", "data", "configuration")}
+        known = {name: found[name] for name in ("format", "jaxrd", "model", "data", "key", "configuration")}
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f'{header} is damaged ({type(error).__name__}); delete "{directory}" to start over') from None
     wanted = {"format": _FORMAT} | {name: identity[name] for name in known if name != "format"}
     differing = [name for name in known if known[name] != wanted[name]]
     expected = np.array(identity["logits"])
-    scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
+    scale = float(np.abs(expected).max(initial=0.0))
     if "model" not in differing and (logits.shape != expected.shape or np.abs(logits - expected).max() > _TOLERANCE * scale):
         differing.append("model")
     if not differing:
@@ -161,11 +165,11 @@ def _read(path, n, shape) -> Record:
             values = {field.name: file[field.name] for field in dataclasses.fields(Record)}
         record = Record(**{name: value.item() if value.ndim == 0 else value for name, value in values.items()})
         indices, fooled = record.indices, record.fooled
-        if not (indices.ndim == 1 and fooled.shape == indices.shape and fooled.dtype == bool
-                and record.images.shape == (fooled.sum(), *shape) and (0 <= indices).all() and (indices < n).all()):
+        if not (indices.ndim == 1 and np.issubdtype(indices.dtype, np.integer)
+                and fooled.shape == indices.shape and fooled.dtype == bool and record.images.shape == (fooled.sum(), *shape) and (0 <= indices).all() and (indices < n).all()):
             raise ValueError("its arrays do not fit together")
         return record
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a damaged zip or array raises
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is damaged ({line}); delete this file, and its batch will be attacked again") from None
 
@@ -177,7 +181,7 @@ def _files(directory) -> list[pathlib.Path]:
 def _hash(arrays) -> str:
     digest = hashlib.sha256()
     for array in arrays:
-        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        if hasattr(array, "dtype") and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
             array = jax.random.key_data(array)
         array = np.ascontiguousarray(array)
         digest.update(f"{array.dtype}{array.shape}".encode())

@@ -30,19 +30,23 @@ _CUSTOM_GRADIENTS = {"custom_vjp_call", "custom_vjp_call_jaxpr"}
 _LOOPS = {"while"}
 
 
-def inspect(logits_fn: LogitsFn, network: Network, images: np.ndarray, keys: Array, *, randomised: bool) -> list[str]:
+def inspect(logits_fn: LogitsFn, network: Network, images: np.ndarray, keys: Array, bounds: tuple[float, float], batch: int, *,
+            randomised: bool) -> list[str]:
     """Returns flags about a function and the images before they are attacked.
 
     Args:
       logits_fn: as the user gave it.
       network: the same, as an argument of compiled code.
-      images: [batch, h, w, c], a first batch.
-      keys: [batch] typed keys.
+      images: [n, h, w, c], all of them.
+      keys: [n] typed keys.
+      bounds: lowest and highest pixel value.
+      batch: how many of the images to look at in the network.
       randomised: whether a randomised function is what the evaluation is made for.
     """
     flags = []
-    if images.max(initial=0.0) <= _DARK:
+    if images.max() - bounds[0] <= _DARK * (bounds[1] - bounds[0]):
         flags.append(f"range: the images reach only up to {images.max():.2g}; were they divided by 255 twice?")
+    images, keys = images[:batch], keys[:batch]
     logits = np.asarray(logits_of(network, images, keys), np.float64)
     between = (-_PROBABILITY < logits) & (logits < 1 + _PROBABILITY)
     if np.all(between) and np.all(np.abs(logits.sum(1) - 1) < _PROBABILITY * logits.shape[1]):
@@ -57,7 +61,7 @@ def inspect(logits_fn: LogitsFn, network: Network, images: np.ndarray, keys: Arr
     others = [np.asarray(logits_of(network, images, keys), np.float64) for _ in range(_PASSES - 1)]
     apart = max(float(np.linalg.norm(_scaled(logits) - _scaled(other), axis=1).max()) for other in others)
     few = jnp.asarray(images[:_FEW])
-    traced = [jax.make_jaxpr(logits_fn)(few) for _ in range(2)]
+    traced = [jax.make_jaxpr(lambda images: logits_fn(images))(few) for _ in range(2)]  # jax remembers traces by function
     if apart > _DIRECTION or not _same(*traced):
         flags.append('randomised: the same images get other logits each time; give logits_fn a key, (images, key) -> logits, '
                      'and evaluate it with version "rand"')
