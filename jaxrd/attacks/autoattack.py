@@ -31,7 +31,8 @@ from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
 from jaxrd.attacks.progress import Progress
 from jaxrd.attacks.records import Record, Records, fingerprint
 from jaxrd.attacks.results import AutoAttackResult
-from jaxrd.attacks.search import LEAST_CLASSES, Run, batch_sizes, check_count, check_labels, fold, run_search, score
+from jaxrd.attacks.search import (
+    LEAST_CLASSES, Run, batch_sizes, check_count, check_labels, fold, run_search, score, uncommitted)
 from jaxrd.attacks.square import Square
 from jaxrd.errors import InputError, choose
 from jaxrd.threat import ThreatModel, example_keys
@@ -111,9 +112,9 @@ def autoattack(
     version = version if isinstance(version, str) else "+".join(version)
     index = _checked_index(index, n)
     if getattr(key, "ndim", None) == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(index, jnp.uint32))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(uncommitted(key), jnp.asarray(index, jnp.uint32))
     else:
-        keys = example_keys(key, n)
+        keys = uncommitted(example_keys(key, n))
     if mesh is not None:
         network = jax.device_put(network, NamedSharding(mesh, PartitionSpec()))
     sizes = batch_sizes(min(batch_size, n), 1 if mesh is None else mesh.size)
@@ -141,11 +142,11 @@ def autoattack(
             for number in range(len(stage.runs)):
                 left = np.flatnonzero(robust)
                 progress.begin(number, len(left))
-                for record in job.batches(stage, number, left, records):
+                for record, known in job.batches(stage, number, left, records):
                     broken = record.indices[record.fooled]
                     adversarial[broken], robust[broken], attack_index[broken] = record.images, False, place
                     tally.add(record)
-                    progress.batch(len(record.indices), int(np.sum(robust)))
+                    progress.batch(len(record.indices), int(np.sum(robust)), recorded=known)
         accuracy[stage.name] = float(np.mean(robust))
     zero_gradients = {stage.name: tallies[stage.name].zero_gradients for stage in stages
                       if isinstance(stage.runs[0].search, Apgd)}
@@ -231,10 +232,10 @@ class _Job:
         labelled = {"images": images, "labels": self.points["labels"][rows]}
         return score(self.network, labelled, self.keys[rows], size=self.sizes[0], mesh=self.mesh)
 
-    def batches(self, stage: Stage, number: int, left: np.ndarray, records: Records) -> Iterator[Record]:
-        """Yields the batches of a run: those on record first, then the others, which it puts on record."""
+    def batches(self, stage: Stage, number: int, left: np.ndarray, records: Records) -> Iterator[tuple[Record, bool]]:
+        """Yields the batches of a run, and whether they were on record; those first, then the others, which it records."""
         done = records.of(stage.name, number, left)
-        yield from done
+        yield from ((record, True) for record in done)
         left = np.setdiff1d(left, np.concatenate([left[:0], *(record.indices for record in done)]))
         run, keys = stage.runs[number], fold(self.keys, np.uint32(zlib.crc32(stage.name.encode())))
         began = time.perf_counter()
@@ -249,7 +250,7 @@ class _Job:
             record = Record(stage.name, number, found.indices, fooled, found.images[fooled], forwards, found.backwards,
                             found.zero_gradients, seconds)
             records.add(record)
-            yield record
+            yield record, False
 
 
 @dataclasses.dataclass

@@ -33,19 +33,23 @@ class Progress:
         self._run, self._left, self._size = run, points, points
         self._bar.set_description(self._title())
 
-    def batch(self, points: int, robust: int) -> None:
-        """A batch of so many points is finished; so many points of all are robust so far."""
-        self._done += points
+    def batch(self, points: int, robust: int, recorded: bool = False) -> None:
+        """A batch of so many points is finished, or was `recorded` earlier; so many points of all are robust so far."""
         self._left -= points
+        if recorded:  # says nothing about the pace
+            self._began = time.perf_counter()
+        else:
+            self._done += points
         ahead = self._left + (self._runs - self._run - 1) * robust  # at most: each run loses some
         if not self._bar.disable:
-            self._bar.total = self._done + ahead
+            self._bar.total = self._bar.n + points + ahead
             self._bar.set_postfix_str(f"robust {robust / self._total:.1%}", refresh=False)
             self._bar.update(points)
         elif self._say:
-            seconds = ahead * (time.perf_counter() - self._began) / max(self._done, 1)
+            seconds = 0.0 if recorded else ahead * (time.perf_counter() - self._began) / max(self._done, 1)
             self._say(f"{self._title()}: {self._size - self._left} of {self._size} points, "
-                      f"{robust} of {self._total} robust so far" + (f", about {_duration(seconds)} left" if ahead else ""))
+                      f"{robust} of {self._total} robust so far" + (
+                          ", on record" if recorded else f", about {_duration(seconds)} left" if ahead else ""))
 
     def _title(self) -> str:
         return self._name + (f" {self._run + 1}/{self._runs}" if self._runs > 1 else "")

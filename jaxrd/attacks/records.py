@@ -166,7 +166,8 @@ def _read(path, n, shape) -> Record:
         record = Record(**{name: value.item() if value.ndim == 0 else value for name, value in values.items()})
         indices, fooled = record.indices, record.fooled
         if not (indices.ndim == 1 and np.issubdtype(indices.dtype, np.integer)
-                and fooled.shape == indices.shape and fooled.dtype == bool and record.images.shape == (fooled.sum(), *shape) and (0 <= indices).all() and (indices < n).all()):
+                and fooled.shape == indices.shape and fooled.dtype == bool
+                and record.images.shape == (fooled.sum(), *shape) and (0 <= indices).all() and (indices < n).all()):
             raise ValueError("its arrays do not fit together")
         return record
     except Exception as error:  # whatever a damaged zip or array raises

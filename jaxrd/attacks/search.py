@@ -234,6 +234,7 @@ def attack(
     keys = example_keys(key, images.shape[0])
     if any(isinstance(leaf, jax.core.Tracer) for leaf in (*given.values(), keys, *network.leaves, threat.epsilon)):
         return _attack_traced(runs, network, given, keys, threat, best_of_runs)
+    keys = uncommitted(keys)
     given = {name: np.asarray(value, np.int32 if name in ("labels", "target") else np.float32) for name, value in given.items()}
     if not (n := len(given["labels"])):
         raise InputError("images are none; give at least one")
@@ -285,6 +286,11 @@ def check_labels(labels: Array, images: Array, classes: int) -> None:
     if values.min() < 0 or values.max() >= classes:
         raise InputError(f"labels reach from {values.min()} to {values.max()}, but logits_fn has {classes} classes; "
                          f"give classes from 0 to {classes - 1}")
+
+
+def uncommitted(keys: Array) -> Array:
+    """Returns the keys tied to no device, so that they may meet weights on any."""
+    return jax.random.wrap_key_data(np.asarray(jax.random.key_data(keys)), impl=jax.random.key_impl(keys))
 
 
 def step_keys(state: State, row: Any) -> Array:

@@ -371,3 +371,16 @@ def test_a_closure_is_compiled_once_for_all_its_attacks():
         COMPILED.clear()
         attacks.apgd(KEY, function, IMAGES[:8], LABELS[:8], threat=ThreatModel("linf", epsilon), steps=STEPS)
     assert COMPILED == [] and network.leaves
+
+
+def test_weights_and_key_may_lie_on_different_devices():
+    first, second = jax.devices()[:2]
+    weights = jax.device_put(jnp.eye(3), second)
+    images = np.array([[0.6, 0.5, 0.1], [0.2, 0.9, 0.1]], np.float32).reshape(2, 1, 3, 1)
+    arguments = images, np.array([0, 1]), ThreatModel("linf", 0.1)
+    key = jax.device_put(jax.random.key(0), first)
+    result = attacks.apgd(key, lambda x: x.reshape(len(x), -1) @ weights, *arguments[:2], threat=arguments[2], steps=2)
+    assert result.fooled.tolist() == [True, False]
+    found = attacks.autoattack(
+        key, lambda x: x.reshape(len(x), -1) @ weights, *arguments[:2], threat=arguments[2], version=["apgd-ce"], say=None)
+    assert found.robust.tolist() == [False, True]
