@@ -1,6 +1,7 @@
 #!/bin/sh
 # The main job from nothing, on real handwritten digits that come with scikit-learn: trains a robust teacher, then a small
-# student three ways (PGD-AT, ARD, ARD+IGDM), attacks all of them and writes a report. Three to four minutes on two CPU cores.
+# student three ways (PGD-AT, ARD, ARD+IGDM), attacks all of them, by AutoAttack too, and writes a report. About five minutes on
+# two CPU cores.
 # Run again, it finds its finished runs and only evaluates; delete runs/ to start over. Outside of the repository it writes
 # the prepared digits (~/tensorflow_datasets or $TFDS_DATA_DIR) and compiled programs (~/.cache/jaxrd).
 #

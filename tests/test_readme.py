@@ -44,9 +44,21 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 
 def test_the_notebook_example_runs(tiny_teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    code, = [example for example in EXAMPLES if "models.restore" in example]
+    code, = [example for example in EXAMPLES if "attacks.pgd(" in example]
     exec(compile(code.replace("runs/ard+igdm", str(tiny_teacher)), "README.md", "exec"), {})
     assert 0 <= float(capsys.readouterr().out) <= 1
+
+
+def test_the_autoattack_example_runs(tiny_teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    code, = [example for example in EXAMPLES if "attacks.autoattack(" in example]
+    names = {}
+    exec(compile(code.replace("runs/ard+igdm", str(tiny_teacher)), "README.md", "exec"), names)
+    result, nearest = names["result"], names["nearest"]
+    assert list(result.per_attack_accuracy) == ["clean", "apgd-ce", "apgd-t"] and result.flags == []
+    assert result.accuracy == result.rescored_accuracy < result.per_attack_accuracy["clean"]
+    assert str(result.per_attack_accuracy) in capsys.readouterr().out
+    assert (nearest.fooled == (-nearest.loss <= 0.2)).all()
 
 
 def test_a_method_of_ones_own_takes_a_few_lines_and_trains(tiny_config, tiny_teacher, tmp_path, monkeypatch):

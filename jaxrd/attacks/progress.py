@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(self, say: Callable[[str], None] | None, name: str, runs: int, total: int):
         self._say, self._name, self._runs, self._total = say, name, runs, total
-        self._bar = tqdm(desc=name, unit="point", leave=False, disable=not (say and sys.stderr.isatty()))
+        self._bar = tqdm(desc=name, unit=" points", leave=False, disable=not (say and sys.stderr.isatty()))
         self._began, self._done, self._run, self._left, self._size = time.perf_counter(), 0, 0, 0, 0
 
     def __enter__(self):
@@ -31,6 +31,7 @@ class Progress:
     def begin(self, run: int, points: int) -> None:
         """A run of the attack begins on so many points."""
         self._run, self._left, self._size = run, points, points
+        self._bar.total = self._bar.n + points * (self._runs - run)
         self._bar.set_description(self._title())
 
     def batch(self, points: int, robust: int, recorded: bool = False) -> None:
@@ -43,7 +44,7 @@ class Progress:
         ahead = self._left + (self._runs - self._run - 1) * robust  # at most: each run loses some
         if not self._bar.disable:
             self._bar.total = self._bar.n + points + ahead
-            self._bar.set_postfix_str(f"robust {robust / self._total:.1%}", refresh=False)
+            self._bar.set_postfix_str(f"{self._left} points left in this run, robust {robust / self._total:.1%}", refresh=False)
             self._bar.update(points)
         elif self._say:
             seconds = 0.0 if recorded else ahead * (time.perf_counter() - self._began) / max(self._done, 1)

@@ -125,6 +125,8 @@ def evaluate(
         if cascade:
             result.cascade.save(directory / "result.npz")
             record["cascades"][name] = _stages(result.cascade) | {"file": str((directory / "result.npz").relative_to(workdir))}
+            say(f"{workdir}: {name}, stage by stage: " + ", ".join(
+                f"{stage} {accuracy:.1%}" for stage, accuracy in result.cascade.per_attack_accuracy.items()))
         say(f"{workdir}: {name} {result.accuracy:.1%} of {len(source)} {split} images ({result.seconds:.1f} s)")
         write_json(workdir / "evaluation.json", record)
     if teacher:
