@@ -35,7 +35,7 @@ def boosted_cross_entropy(logits: Array, labels: Array) -> Array:
       labels: [batch] int, in [0, classes).
     """
     _check(logits, labels)
-    others = jax.nn.softmax(logits) * (1 - jax.nn.one_hot(labels, logits.shape[-1]))
+    others = jax.nn.softmax(logits) * (1 - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype))
     return cross_entropy(logits, labels) - jnp.log(1.0001 - jnp.max(others, axis=-1))
 
 
@@ -66,7 +66,7 @@ def margin(logits: Array, labels: Array) -> Array:
       labels: [batch] int, in [0, classes).
     """
     _check(logits, labels)
-    return jnp.max(logits - _MASK * jax.nn.one_hot(labels, logits.shape[-1]), axis=-1) - _at(logits, labels)
+    return jnp.max(logits - _MASK * jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), axis=-1) - _at(logits, labels)
 
 
 def dlr(logits: Array, labels: Array) -> Array:

@@ -22,6 +22,13 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def release_compiled_programs():
+    """Each holds memory mappings, of which a process may have 65,530: the whole suite's would be more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_arrays(tmp_path_factory):
     """"train.npz,test.npz": 200 and 40 of scikit-learn's digits, as `config.data.arrays` takes them."""

@@ -58,7 +58,7 @@ def apgd(
     Args:
       key: one typed key, or [batch] typed keys (see `jaxrd.threat.example_keys`).
       logits_fn: images [batch, h, w, c] -> logits [batch, classes]; a randomised one takes (images, key).
-      images: [batch, h, w, c] float32 inside the threat model's bounds.
+      images: [batch, h, w, c] float32 inside the threat model's bounds, one batch for the device.
       labels: [batch] int, the true classes.
       threat: "linf" or "l2", radius and bounds.
       loss: "ce", cross-entropy; "dlr", the difference-of-logits ratio (3 classes at least); "dlr-targeted", towards a class
@@ -71,8 +71,8 @@ def apgd(
       eot: gradients that are averaged for each step, for a randomised `logits_fn`.
 
     Returns:
-      `AttackResult`; its `loss` is the largest value of the loss at any iterate (of the last target's for several targets'
-      losses the largest), and that of the image itself where it is misclassified as it is.
+      `AttackResult`; its `loss` is the largest value of the loss at any iterate of any run (with several targets, of the loss
+      towards any of them), and that of the image itself where it is misclassified as it is: DLR's for "dlr-targeted".
 
     Raises:
       InputError: arguments outside those ranges, images outside the bounds, labels that do not fit, logits that are not finite.
@@ -173,7 +173,7 @@ class Apgd:
         zero = jnp.zeros(labels.shape, jnp.float32)
         return state | {
             "points": points, "before": points, "gradients": gradients,
-            "step_size": jnp.full(labels.shape, 2.0 * threat.epsilon),
+            "step_size": jnp.full(labels.shape, 2.0 * threat.epsilon, jnp.float32),
             "best": points, "best_loss": loss, "best_gradients": gradients, "adversarial": points, "fooled": ~right,
             "loss": zero, "raised": zero, "loss_at_check": loss, "halved": ~none, "finite": finite,
             "zero_gradient": jnp.max(jnp.abs(gradients), axis=(1, 2, 3)) == 0}

@@ -9,7 +9,7 @@ Each attack starts from the clean image of every point that is still classified 
 that of the worst case over the attacks so far. Two things differ from the official code. Random numbers follow each point's
 index and not the batch that it came in, so results do not depend on batch size or devices; with this, Square draws its windows
 for each image, as its paper has it. And points are gathered anew for each target and restart over the whole data set, so no
-pass is spent on a point that is broken already.
+run is given a point that an earlier one has broken; within a run all go on to the end, as there.
 """
 
 import dataclasses
@@ -57,6 +57,7 @@ class Stage:
     runs: tuple[Run, ...]
 
 
+@jax.default_matmul_precision("highest")
 def autoattack(
     key: Array,
     logits_fn: LogitsFn,
@@ -73,7 +74,8 @@ def autoattack(
 ) -> AutoAttackResult:
     """Runs a cascade of attacks on a function `images -> logits`.
 
-    The network must be in eval mode, and compute in float32 where the number is to be compared with published ones.
+    The network must be in eval mode. Products of float32 are computed in full precision, whatever the accelerator's default is;
+    a network whose layers compute in bfloat16 is attacked as it is. Not for use under `jax.jit`.
 
     Args:
       key: one typed key, such as jax.random.key(0).
@@ -160,7 +162,7 @@ def autoattack(
     return AutoAttackResult(
         images=adversarial, labels=points["labels"], robust=robust, clean_correct=clean_correct, attack_index=attack_index,
         stages=tuple(accuracy), per_attack_accuracy=accuracy, index=index, flags=flags + late,
-        distances=np.asarray(threat.distance(points["images"], adversarial), np.float32),
+        distances=_distances(points["images"], adversarial, threat.norm),
         passes={name: (tally.forwards, tally.backwards) for name, tally in tallies.items()}, zero_gradients=zero_gradients,
         seconds={name: round(tally.seconds, 3) for name, tally in tallies.items()}, rescored_accuracy=rescored,
         version=version, threat=threat, metadata=metadata)
@@ -280,6 +282,12 @@ def _checked_index(index, n: int) -> np.ndarray:
             f"autoattack index is {index.dtype}{list(index.shape)}; give one whole number of at least 0 and below 2^32 "
             f"per image, [{n}]")
     return index
+
+
+def _distances(images: np.ndarray, adversarial: np.ndarray, norm: str) -> np.ndarray:
+    """On the host and image by image: the whole data set may be more than a device holds."""
+    deltas = ((there - here).ravel() for here, there in zip(images, adversarial))
+    return np.array([np.abs(delta).max() if norm == "linf" else np.linalg.norm(delta) for delta in deltas], np.float32)
 
 
 def _warn(say, flags: list[str]) -> None:

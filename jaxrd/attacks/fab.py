@@ -31,6 +31,7 @@ from jaxrd.threat import ThreatModel
 Array = jax.Array
 
 _TINY = 1e-12
+_CLASSES_AT_ONCE = 10  # gradients of untargeted FAB
 _LARGE = 1e10  # the true class's distance to itself: beyond any other
 _MOST_TOWARDS_IMAGE = 0.1  # alpha_max
 _STRETCH = 1.05  # eta
@@ -183,7 +184,7 @@ class Fab:
             return (jnp.where(adversarial, right, middle), jnp.where(adversarial, middle, wrong),
                     finite & jnp.all(jnp.isfinite(logits), axis=-1))
 
-        ends = jnp.zeros(len(images)), jnp.ones(len(images)), jnp.ones(len(images), bool)
+        ends = (jnp.zeros(len(images), jnp.float32), jnp.ones(len(images), jnp.float32), jnp.ones(len(images), bool))
         _, share, finite = jax.lax.fori_loop(0, self.final_search, halve, ends)
         nearest = images + _wide(share) * (nearest - images)
         found = jnp.isfinite(state["distance"])
@@ -205,8 +206,11 @@ class Fab:
         """The same for the class t whose |z_t - z_y| / ||gradient||_dual is the smallest."""
         labels = state["labels"]
         logits, pullback = jax.vjp(lambda points: network(points, keys), state["points"])
-        seeds = jnp.broadcast_to(jnp.eye(self.classes)[:, None], (self.classes, *logits.shape))
-        gradients = jax.vmap(pullback)(seeds)[0].reshape(self.classes, len(labels), -1)
+        seeds = jnp.broadcast_to(jnp.eye(self.classes, dtype=logits.dtype)[:, None], (self.classes, *logits.shape))
+        # At once they take the memory of as many backward passes; a loop is slow on CPU (see `loop_unroll`).
+        at_once = self.classes <= _CLASSES_AT_ONCE
+        (gradients,) = jax.vmap(pullback)(seeds) if at_once else jax.lax.map(pullback, seeds, batch_size=_CLASSES_AT_ONCE)
+        gradients = gradients.reshape(self.classes, len(labels), -1)
         rows = jnp.arange(len(labels))
         gaps, normals = logits.T - _at(logits, labels), gradients - gradients[labels, rows]
         gaps = jnp.where(jnp.arange(self.classes)[:, None] == labels, _LARGE, gaps)

@@ -158,7 +158,7 @@ class Ascent:
 
     def start(self, network: Network, batch: State, threat: ThreatModel) -> State:
         state = {name: batch[name] for name in ("images", "labels", "key", "step_size")}
-        state["points"] = threat.random_start(batch["key"], batch["images"], self.start_kind)
+        state["points"] = threat.random_start(batch["key"], batch["images"], self.start_kind).astype(jnp.float32)
         if self.momentum is not None:
             state["velocity"] = jnp.zeros_like(batch["images"])
         return state | {"finite": jnp.ones(batch["labels"].shape, bool)}

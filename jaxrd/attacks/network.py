@@ -119,16 +119,19 @@ class _Lifted:
     """
 
     def __init__(self, function, program: str, lifted: tuple[bool, ...]):
-        self._function, self._program, self._lifted = weakref.ref(function), program, lifted
+        # A bound method is made anew each time that it is asked for.
+        self._function = (weakref.WeakMethod if inspect.ismethod(function) else weakref.ref)(function)
+        self._program, self._lifted = program, lifted
         self.__name__ = getattr(function, "__name__", type(function).__name__)
 
     def __hash__(self):
         return hash(self._program)
 
     def __eq__(self, other):
-        function = self._function()
-        return isinstance(other, _Lifted) and function is not None and function is other._function() and (
-            self._program, self._lifted) == (other._program, other._lifted)
+        if not isinstance(other, _Lifted) or (self._program, self._lifted) != (other._program, other._lifted):
+            return False
+        function, others = self._function(), other._function()
+        return function is not None and (function is others or inspect.ismethod(function) and function == others)
 
     def __call__(self, weights, *arguments):
         closed = _trace(self._function(), arguments)

@@ -16,7 +16,7 @@ Array = jax.Array
 
 
 class AttackResult(NamedTuple):
-    """What an attack found.
+    """What an attack found. Under `jax.jit` values are not checked: a row whose logits are not finite is nobody's to trust.
 
     Attributes:
       images: [batch, h, w, c] float32, the adversarial images; the clean ones where none was found.

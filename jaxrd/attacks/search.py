@@ -128,6 +128,7 @@ def _run_batch(search, network, points, keys, indices, threat, sizes, mesh) -> F
     padded = np.resize(indices, fit(len(indices)))
     batch = _put({name: value[padded] for name, value in points.items()} | {"key": keys[padded]}, mesh)
     state, zero_gradients = _start(search, network, batch, threat)
+    state = _put(state, mesh)  # its constants came back on every device, and would be compiled for once more
     zero_gradients = int(np.sum(np.asarray(zero_gradients)[:len(indices)]))
     spent = np.array(search.cost["start"]) * len(indices)
     rows = search.rows()
@@ -201,6 +202,7 @@ class Run(NamedTuple):
         return points | {"rank": np.full(n, self.rank, np.int32), "restart": np.full(n, self.restart, np.int32)}
 
 
+@jax.default_matmul_precision("highest")  # accelerators round the products of float32 by default, which masks gradients
 def attack(
     runs: Sequence[Run],
     key: Array,
@@ -255,6 +257,8 @@ def attack(
 
 
 def _attack_traced(runs, network, points, keys, threat, best_of_runs) -> AttackResult:
+    points = {name: value.astype(jnp.int32 if name in ("labels", "target") else jnp.float32) for name, value in (
+        (name, jnp.asarray(value)) for name, value in points.items())}
     right, _, value = _clean(runs[0].search, network, points | {"key": keys})
     result = AttackResult(points["images"], ~right, jnp.where(right, -jnp.inf, value))
     for run in runs:
@@ -305,10 +309,10 @@ def unit_noise(keys: Array, images: Array, norm: str) -> Array:
     """
     size = math.prod(images.shape[1:])
     if norm == "linf":
-        noise = jax.vmap(lambda key: jax.random.uniform(key, (size,), minval=-1.0, maxval=1.0))(keys)
+        noise = jax.vmap(lambda key: jax.random.uniform(key, (size,), jnp.float32, -1.0, 1.0))(keys)
         length = jnp.max(jnp.abs(noise), axis=1, keepdims=True)
     else:
-        noise = jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys)
+        noise = jax.vmap(lambda key: jax.random.normal(key, (size,), jnp.float32))(keys)
         length = jnp.sqrt(jnp.sum(noise**2, axis=1, keepdims=True))
     return (noise / (length + _TINY)).reshape(images.shape)
 
@@ -352,8 +356,9 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 def _check_finite(finite: np.ndarray) -> None:
     if not np.all(finite):
         raise InputError(
-            f"{np.sum(~finite)} of the {len(finite)} images of a batch get logits that are not finite; a comparison with NaN "
-            "would count them as robust: check the checkpoint of the model and its dtype")
+            f"{np.sum(~finite)} of the {len(finite)} images of a batch get logits that are not finite, as they are or on an "
+            "attack's way; a comparison with NaN would count them as robust: check the checkpoint of the model, its dtype, and "
+            "its gradients (a square root or a norm at 0?)")
 
 
 def _part(rows, first, count):

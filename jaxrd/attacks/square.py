@@ -132,7 +132,7 @@ def uniforms(keys: Array, count: int) -> Array:
       keys: [batch] typed keys, those of the step.
       count: how many.
     """
-    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,), jnp.float32))(keys)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The evaluation of one run directory: attacks, gradient alignment, a gallery, and evaluation.json, which holds them all."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
@@ -117,9 +118,10 @@ def evaluate(
     for name, protocol in chosen.items():
         directory = folder / f"{name}-{split}-step{origin['step']}-seed{seed}"
         cascade = isinstance(protocol, robustness.Cascade)
-        result = results[name] = robustness.run_attack(
-            model, variables, source, protocol, threat, **shared, **(
-                {"resume": directory, "say": lambda line: say(f"{workdir}: {line}")} if cascade else {}))
+        result = robustness.run_attack(
+            model, variables, source, protocol, threat, **shared, keep_images=name == _GALLERY_ATTACK,
+            resume=directory if cascade else None, say=lambda line: say(f"{workdir}: {line}"))
+        results[name] = dataclasses.replace(result, cascade=None)
         record["accuracy"][name], record["seconds"][name] = result.accuracy, round(result.seconds, 3)
         record["attacks"][name] = protocol.definition(threat.epsilon)
         if cascade:
@@ -137,7 +139,8 @@ def evaluate(
         radii = [part * threat.epsilon for part in _CURVE if threat.norm != "linf" or part * threat.epsilon <= 1]
         known = {threat.epsilon: results[curve].accuracy}
         record["robustness_curve"] = robustness.robustness_curve(
-            model, variables, source, threat, radii, name=curve, known=known, **shared)
+            model, variables, source, threat, radii, name=curve, known=known, **shared,
+            resume=folder / f"{curve}-{split}-step{origin['step']}-seed{seed}", say=lambda line: say(f"{workdir}: {line}"))
     if seconds := _seconds_per_step(workdir, config.training.batch_size):
         record["training"] = {"seconds_per_step": seconds}
     _write_gallery(workdir, model, variables, source, threat, results.get(_GALLERY_ATTACK), shared)

@@ -65,7 +65,8 @@ class Protocol:
             return {"description": self.description}
         return {
             "objective": " and ".join(self.objectives), "steps": self.steps, "step_size": self.relative_step * epsilon,
-            "start": self.start, "restarts": self.restarts, "description": self.description}
+            "start": self.start, "restarts": self.restarts, **({} if self.momentum is None else {"momentum": self.momentum}),
+            "description": self.description}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,8 @@ CASCADES = {
         "AutoAttack, version standard: worst case per image over APGD on the cross-entropy, targeted APGD on DLR and targeted "
         "FAB (9 targets, 100 steps each), and Square (5,000 queries).")),
     "autoattack_plus": Cascade("plus", (
-        "AutoAttack, version plus: as standard, with APGD on cross-entropy and DLR and FAB in five restarts each besides.")),
+        "AutoAttack, version plus: worst case per image over APGD on the cross-entropy, APGD on DLR and untargeted FAB in five "
+        "restarts each, Square (5,000 queries), and targeted APGD and FAB (9 targets).")),
     "fast": Cascade("fast", (
         "Worst case per image over APGD on the cross-entropy and targeted APGD on DLR (9 targets), 100 steps each: the first "
         "two of AutoAttack's four attacks, and not AutoAttack.")),
@@ -184,7 +186,8 @@ def run_attack(
     began = time.perf_counter()
     n = len(source)
     network = Network(models.logits_fn(model, jax.device_put(variables, parallel.replicated(mesh))))
-    images = np.array(jax.device_get(to_float(source.images)), np.float32)
+    images = np.asarray(source.images)
+    images = images.astype(np.float32) / np.float32(255) if images.dtype == np.uint8 else images.astype(np.float32)
     points = {"images": images, "labels": np.asarray(source.labels, np.int32)}
     size = _equal_batches(n, batch_size)
     key = jax.random.key(seed)
@@ -214,7 +217,8 @@ def run_attack(
 
 
 def robustness_curve(model, variables, source, threat: ThreatModel, radii: list[float], *, mesh, seed=0, batch_size=256,
-                     name: str = "pgd20", known: dict[float, float] | None = None) -> dict:
+                     name: str = "pgd20", known: dict[float, float] | None = None, resume: pathlib.Path | None = None,
+                     say: Callable[[str], None] | None = None) -> dict:
     """Returns {"attack", "epsilon": [...], "accuracy": [...]}: accuracy under one attack at several radii, 0 being clean.
 
     Args:
@@ -222,6 +226,8 @@ def robustness_curve(model, variables, source, threat: ThreatModel, radii: list[
       radii: in the units of epsilon, 0 for the clean images.
       name: the attack, one of `PROTOCOLS` or `CASCADES`.
       known: radius -> accuracy that has been measured already.
+      resume: for a cascade, a directory with one for each radius in it.
+      say: as for `run_attack`.
     """
     accuracy = []
     for radius in radii:
@@ -231,8 +237,8 @@ def robustness_curve(model, variables, source, threat: ThreatModel, radii: list[
         protocol = (PROTOCOLS | CASCADES)[name if radius else "clean"]
         at_radius = dataclasses.replace(threat, epsilon=radius) if radius else threat
         accuracy.append(run_attack(
-            model, variables, source, protocol, at_radius, mesh=mesh, seed=seed, batch_size=batch_size,
-            keep_images=False).accuracy)
+            model, variables, source, protocol, at_radius, mesh=mesh, seed=seed, batch_size=batch_size, keep_images=False,
+            resume=resume / f"radius{radius:g}" if resume else None, say=say).accuracy)
     return {"attack": name, "epsilon": [float(radius) for radius in radii], "accuracy": accuracy}
 
 

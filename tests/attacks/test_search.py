@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import hypothesis
 import jax
@@ -384,3 +385,55 @@ def test_weights_and_key_may_lie_on_different_devices():
     found = attacks.autoattack(
         key, lambda x: x.reshape(len(x), -1) @ weights, *arguments[:2], threat=arguments[2], version=["apgd-ce"], say=None)
     assert found.robust.tolist() == [False, True]
+
+
+def test_double_precision_elsewhere_changes_no_dtype_here():
+    """As for users who switch it on for their own code: a scan of mixed dtypes would not compile."""
+    images = np.random.default_rng(0).uniform(size=(4, 2, 3, 1)).astype(np.float32)
+    weights = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
+    with jax.enable_x64(True):
+        logits_fn = Partial(lambda weights, x: x.reshape(len(x), -1) @ weights, jnp.asarray(weights))
+        labels = jnp.argmax(logits_fn(images), axis=-1)
+        for norm in ("linf", "l2"):
+            arguments, threat = (logits_fn, images, labels), ThreatModel(norm, 0.05)
+            for run in (
+                    lambda key: attacks.apgd(key, *arguments, threat=threat, loss="dlr-targeted", steps=2),
+                    lambda key: attacks.fab(key, *arguments, threat=threat, steps=2, restarts=2, targets=1),
+                    lambda key: attacks.fab(key, *arguments, threat=threat, steps=2),
+                    lambda key: attacks.square(key, *arguments, threat=threat, queries=3),
+                    lambda key: attacks.pgd_attack(key, *arguments, threat=threat, steps=2)):
+                shapes = jax.eval_shape(run, jax.random.key(0))
+                assert shapes.images.dtype == shapes.loss.dtype == jnp.float32
+
+
+def test_several_devices_compile_a_step_once():
+    """Where the state is laid out over them as a step leaves it, before the first step."""
+    mesh, threat = data_mesh(jax.devices()[:2]), ThreatModel("linf", 0.1)
+    network = jax.device_put(as_network(Partial(lambda w, x: x.reshape(len(x), -1) @ w, jnp.eye(3)), np.zeros((1, 1, 3, 1))),
+                             NamedSharding(mesh, PartitionSpec()))
+    points = {"images": np.full((4, 1, 3, 1), 0.5, np.float32), "labels": np.zeros(4, np.int32)}
+
+    def compiled_for(steps):
+        run, before = Run(Apgd("ce", steps)), len(COMPILED)
+        list(run_search(run.search, network, run.points(points), example_keys(jax.random.key(0), 4), np.arange(4), threat,
+                        sizes=[4], mesh=mesh))
+        return len(COMPILED) - before
+
+    compiled_for(5)  # what all searches share
+    assert compiled_for(1) == compiled_for(4) == 3  # start, step, finish
+
+
+def test_more_classes_than_gradients_at_once_come_to_the_same(monkeypatch):
+    module = importlib.import_module("jaxrd.attacks.fab")
+    images = np.random.default_rng(0).uniform(0.3, 0.7, size=(4, 2, 3, 1)).astype(np.float32)
+    weights = np.random.default_rng(1).normal(size=(6, 5)).astype(np.float32)
+    logits_fn = Partial(lambda weights, x: jnp.tanh(x.reshape(len(x), -1) @ weights), weights)
+    labels = np.asarray(jnp.argmax(logits_fn(images), axis=-1))
+
+    def found():
+        return attacks.fab(jax.random.key(0), logits_fn, images, labels, threat=ThreatModel("linf", 0.3), steps=12)
+
+    expected = found()
+    monkeypatch.setattr(module, "_CLASSES_AT_ONCE", 2)
+    jax.clear_caches()
+    np.testing.assert_allclose(found().loss, expected.loss, rtol=1e-5)
