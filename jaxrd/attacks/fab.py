@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
+from jaxrd.attacks.pgd import loop_unroll
 from jaxrd.attacks.projections import onto_hyperplane
 from jaxrd.attacks.results import AttackResult
 from jaxrd.attacks.search import (
@@ -207,9 +208,12 @@ class Fab:
         labels = state["labels"]
         logits, pullback = jax.vjp(lambda points: network(points, keys), state["points"])
         seeds = jnp.broadcast_to(jnp.eye(self.classes, dtype=logits.dtype)[:, None], (self.classes, *logits.shape))
-        # At once they take the memory of as many backward passes; a loop is slow on CPU (see `loop_unroll`).
-        at_once = self.classes <= _CLASSES_AT_ONCE
-        (gradients,) = jax.vmap(pullback)(seeds) if at_once else jax.lax.map(pullback, seeds, batch_size=_CLASSES_AT_ONCE)
+        # All at once, they would take the memory of as many backward passes.
+        if self.classes <= _CLASSES_AT_ONCE or loop_unroll() is True:
+            groups = [seeds[first:first + _CLASSES_AT_ONCE] for first in range(0, self.classes, _CLASSES_AT_ONCE)]
+            gradients = jnp.concatenate([jax.vmap(pullback)(group)[0] for group in groups])
+        else:
+            (gradients,) = jax.lax.map(pullback, seeds, batch_size=_CLASSES_AT_ONCE)
         gradients = gradients.reshape(self.classes, len(labels), -1)
         rows = jnp.arange(len(labels))
         gaps, normals = logits.T - _at(logits, labels), gradients - gradients[labels, rows]

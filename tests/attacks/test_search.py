@@ -423,7 +423,8 @@ def test_several_devices_compile_a_step_once():
     assert compiled_for(1) == compiled_for(4) == 3  # start, step, finish
 
 
-def test_more_classes_than_gradients_at_once_come_to_the_same(monkeypatch):
+@pytest.mark.parametrize("unroll", [True, 1])
+def test_more_classes_than_gradients_at_once_come_to_the_same(monkeypatch, unroll):
     module = importlib.import_module("jaxrd.attacks.fab")
     images = np.random.default_rng(0).uniform(0.3, 0.7, size=(4, 2, 3, 1)).astype(np.float32)
     weights = np.random.default_rng(1).normal(size=(6, 5)).astype(np.float32)
@@ -435,5 +436,6 @@ def test_more_classes_than_gradients_at_once_come_to_the_same(monkeypatch):
 
     expected = found()
     monkeypatch.setattr(module, "_CLASSES_AT_ONCE", 2)
+    monkeypatch.setattr(module, "loop_unroll", lambda: unroll)
     jax.clear_caches()
     np.testing.assert_allclose(found().loss, expected.loss, rtol=1e-5)
