@@ -29,6 +29,14 @@ def release_compiled_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules of tiny programs, which take far longer to compile than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_arrays(tmp_path_factory):
     """"train.npz,test.npz": 200 and 40 of scikit-learn's digits, as `config.data.arrays` takes them."""

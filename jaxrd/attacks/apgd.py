@@ -25,8 +25,8 @@ from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
 from jaxrd.attacks.pgd import loop_unroll
 from jaxrd.attacks.results import AttackResult
 from jaxrd.attacks.search import (
-    Passes, Run, State, attack, check_classes, check_count, check_labels, check_target, step_keys, targets_of,
-    unit_noise)
+    Passes, Run, State, attack, check_classes, check_count, check_labels, check_target, judged, step_keys,
+    targets_of, unit_noise, wide)
 from jaxrd.errors import InputError, choose
 from jaxrd.threat import ThreatModel
 
@@ -181,7 +181,7 @@ class Apgd:
     def step(self, network: Network, state: State, row: Any, threat: ThreatModel) -> State:
         images, points = state["images"], state["points"]
         weight = jnp.where(row["step"] == 1, 1.0, _MOMENTUM)
-        ahead = threat.project(images, points + threat.steepest_step(state["gradients"], _wide(state["step_size"])))
+        ahead = threat.project(images, points + threat.steepest_step(state["gradients"], wide(state["step_size"])))
         moved = threat.project(
             images, points + weight * (ahead - points) + (1 - weight) * (points - state["before"]))
         loss, gradients, right, finite = self._climb(network, state, moved, row["step"])
@@ -213,8 +213,7 @@ class Apgd:
             logits = network(points, keys)
             others = (state["target"],) if self.loss == "dlr-targeted" else ()
             loss = _LOSSES[self.loss](logits, state["labels"], *others)
-            right = jnp.argmax(logits, axis=-1) == state["labels"]
-            return jnp.sum(loss), (loss, right, jnp.all(jnp.isfinite(logits), axis=-1))
+            return jnp.sum(loss), (loss, *judged(logits, state["labels"]))
 
         climb = jax.grad(objective, has_aux=True)
         if self.eot == 1:
@@ -231,8 +230,4 @@ class Apgd:
 
 
 def _where(condition, a, b):
-    return jnp.where(_wide(condition), a, b)
-
-
-def _wide(values):
-    return values[:, None, None, None]
+    return jnp.where(wide(condition), a, b)

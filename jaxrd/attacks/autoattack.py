@@ -1,15 +1,15 @@
 """AutoAttack: the cascade of parameter-free attacks that robust accuracies are reported with (Croce & Hein 2020).
 
     standard   APGD on the cross-entropy, targeted APGD (9 targets), targeted FAB (9 targets), Square (5,000 queries)
-    plus       the same with 5 restarts, untargeted APGD-DLR and untargeted FAB besides
+    plus       APGD on the cross-entropy, APGD on DLR and untargeted FAB in 5 restarts each, Square, targeted APGD, targeted FAB
     rand       APGD on cross-entropy and DLR, gradients averaged over 20 draws: for randomised defences
     fast       APGD on the cross-entropy and targeted APGD. Not AutoAttack: say APGD-CE + APGD-T where you report it
 
 Each attack starts from the clean image of every point that is still classified correctly, so the accuracy after each stage is
 that of the worst case over the attacks so far. Two things differ from the official code. Random numbers follow each point's
-index and not the batch that it came in, so results do not depend on batch size or devices; with this, Square draws its windows
-for each image, as its paper has it. And points are gathered anew for each target and restart over the whole data set, so no
-run is given a point that an earlier one has broken; within a run all go on to the end, as there.
+index and not the batch that it came in, so batch size and devices move results by rounding only; with this, Square draws its
+windows for each image, as its paper has it. And points are gathered anew for each target and restart over the whole data set,
+so no run is given a point that an earlier one has broken; within a run all go on to the end, as there.
 """
 
 import dataclasses

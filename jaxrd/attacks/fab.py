@@ -25,7 +25,7 @@ from jaxrd.attacks.pgd import loop_unroll
 from jaxrd.attacks.projections import onto_hyperplane
 from jaxrd.attacks.results import AttackResult
 from jaxrd.attacks.search import (
-    Passes, Run, State, attack, check_count, check_target, step_keys, targets_of, unit_noise)
+    Passes, Run, State, attack, check_count, check_target, judged, step_keys, targets_of, unit_noise, wide)
 from jaxrd.errors import InputError
 from jaxrd.threat import ThreatModel
 
@@ -141,7 +141,7 @@ class Fab:
         state = {name: batch[name] for name in ("images", "labels", "key")}
         if self.targeted:
             state["target"] = targets_of(network, batch)
-        points = jnp.where(_wide(batch["restart"] > 0), jnp.clip(
+        points = jnp.where(wide(batch["restart"] > 0), jnp.clip(
             images + threat.epsilon / 2 * unit_noise(step_keys(batch, 0), images, threat.norm), *threat.bounds), images)
         return state | {
             "points": points, "nearest": images, "distance": jnp.full(labels.shape, jnp.inf, jnp.float32),
@@ -158,19 +158,20 @@ class Fab:
         excess = jnp.stack([gap, gap + jnp.sum(normal * (both[1] - both[0]), axis=-1)])
         displacement = onto_hyperplane(both, normal, excess, threat.norm, threat.bounds)
         length = jnp.maximum(jnp.linalg.norm(displacement, _ORDER[threat.norm], axis=-1), 1e-8)
-        weight = _wide(jnp.minimum(length[0] / (length[0] + length[1]), _MOST_TOWARDS_IMAGE))
+        weight = wide(jnp.minimum(length[0] / (length[0] + length[1]), _MOST_TOWARDS_IMAGE))
         from_point, from_image = (both + _STRETCH * displacement).reshape(2, *shape)
         moved = jnp.clip((1 - weight) * from_point + weight * from_image, *threat.bounds)
 
         logits = network(moved, step_keys(state, 2 * row + 1))
-        adversarial = jnp.argmax(logits, axis=-1) != labels
+        right, finite_there = judged(logits, labels)
+        adversarial = ~right
         distance = threat.distance(images, moved)
         nearer = adversarial & (distance < state["distance"])
         return state | {
-            "points": jnp.where(_wide(adversarial), images + _BACKWARD * (moved - images), moved),
-            "nearest": jnp.where(_wide(nearer), moved, state["nearest"]),
+            "points": jnp.where(wide(adversarial), images + _BACKWARD * (moved - images), moved),
+            "nearest": jnp.where(wide(nearer), moved, state["nearest"]),
             "distance": jnp.where(nearer, distance, state["distance"]),
-            "finite": state["finite"] & finite & jnp.all(jnp.isfinite(logits), axis=-1)}
+            "finite": state["finite"] & finite & finite_there}
 
     def finish(self, network: Network, state: State, threat: ThreatModel) -> AttackResult:
         images, nearest = state["images"], state["nearest"]
@@ -180,14 +181,13 @@ class Fab:
         def halve(number, bounds):
             right, wrong, finite = bounds  # shares of the way from the image to the nearest adversarial one
             middle = (right + wrong) / 2
-            logits = network(images + _wide(middle) * (nearest - images), step_keys(state, 2 * self.steps + 2 + number))
-            adversarial = jnp.argmax(logits, axis=-1) != state["labels"]
-            return (jnp.where(adversarial, right, middle), jnp.where(adversarial, middle, wrong),
-                    finite & jnp.all(jnp.isfinite(logits), axis=-1))
+            logits = network(images + wide(middle) * (nearest - images), step_keys(state, 2 * self.steps + 2 + number))
+            correct, finite_there = judged(logits, state["labels"])
+            return jnp.where(correct, middle, right), jnp.where(correct, wrong, middle), finite & finite_there
 
         ends = (jnp.zeros(len(images), jnp.float32), jnp.ones(len(images), jnp.float32), jnp.ones(len(images), bool))
         _, share, finite = jax.lax.fori_loop(0, self.final_search, halve, ends)
-        nearest = images + _wide(share) * (nearest - images)
+        nearest = images + wide(share) * (nearest - images)
         found = jnp.isfinite(state["distance"])
         distance = jnp.where(found, threat.distance(images, nearest), jnp.inf)
         return AttackResult(nearest, distance <= threat.epsilon, jnp.where(finite | ~found, -distance, jnp.nan))
@@ -224,7 +224,3 @@ class Fab:
 
 def _at(logits, labels):
     return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-
-
-def _wide(values):
-    return values[:, None, None, None]

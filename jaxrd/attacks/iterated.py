@@ -13,7 +13,7 @@ import numpy as np
 from jaxrd import objectives
 from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
 from jaxrd.attacks.results import AttackResult
-from jaxrd.attacks.search import Passes, Run, State, attack, check_classes, check_count, step_keys
+from jaxrd.attacks.search import Passes, Run, State, attack, check_classes, check_count, judged, step_keys, wide
 from jaxrd.errors import InputError, choose, need
 from jaxrd.threat import ThreatModel
 
@@ -170,12 +170,12 @@ class Ascent:
             length = jnp.sum(jnp.abs(gradients), axis=(1, 2, 3), keepdims=True)
             gradients = self.momentum * state["velocity"] + gradients / jnp.where(length > 0, length, 1.0)
             state = state | {"velocity": gradients}
-        moved = threat.steepest_step(gradients, state["step_size"][:, None, None, None])
+        moved = threat.steepest_step(gradients, wide(state["step_size"]))
         return state | {"points": threat.project(state["images"], state["points"] + moved)}
 
     def finish(self, network: Network, state: State, threat: ThreatModel) -> AttackResult:
         logits = network(state["points"], step_keys(state, np.int32(self.steps)))
-        finite = jnp.all(jnp.isfinite(logits), axis=-1)
+        correct, finite = judged(logits, state["labels"])
         return AttackResult(
-            state["points"], jnp.argmax(logits, axis=-1) != state["labels"],
+            state["points"], ~correct,
             jnp.where(finite, self.value(logits, state["labels"]), jnp.nan))

@@ -50,13 +50,14 @@ class Progress:
             seconds = 0.0 if recorded else ahead * (time.perf_counter() - self._began) / max(self._done, 1)
             self._say(f"{self._title()}: {self._size - self._left} of {self._size} points, "
                       f"{robust} of {self._total} robust so far" + (
-                          ", on record" if recorded else f", about {_duration(seconds)} left" if ahead else ""))
+                          ", on record" if recorded else f", about {duration(seconds)} left" if ahead else ""))
 
     def _title(self) -> str:
         return self._name + (f" {self._run + 1}/{self._runs}" if self._runs > 1 else "")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns seconds as minutes:seconds, or hours:minutes:seconds."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -7,7 +7,6 @@ configuration. A batch is known by its attack, its run and the points in it, so 
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from jaxrd.attacks.network import Network, logits_of
 from jaxrd.errors import InputError
+from jaxrd.files import read_arrays, replacing
 
 Array = jax.Array
 
@@ -100,7 +100,8 @@ class Records:
             if directory.exists() and (not directory.is_dir() or any(path.suffix != ".tmp" for path in directory.iterdir())):
                 raise InputError(f'resume directory "{directory}" holds other things; name an empty or a new one')
             directory.mkdir(parents=True, exist_ok=True)
-            _write(header, json.dumps({"format": _FORMAT} | identity, indent=1).encode())
+            with replacing(header, "w", encoding="utf-8") as file:
+                json.dump({"format": _FORMAT} | identity, file, indent=1)
             return cls(directory, {})
         _check_identity(directory, header, identity)
         kept: dict = {}
@@ -129,11 +130,8 @@ class Records:
             return
         self._number += 1
         fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-        path = self._directory / f"{self._number:06}.npz"
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+        with replacing(self._directory / f"{self._number:06}.npz") as file:
             np.savez(file, **fields)
-        os.replace(temporary, path)
 
 
 def _check_identity(directory, header, identity):
@@ -161,8 +159,7 @@ def _check_identity(directory, header, identity):
 
 def _read(path, n, shape) -> Record:
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            values = {field.name: file[field.name] for field in dataclasses.fields(Record)}
+        values = read_arrays(path, (field.name for field in dataclasses.fields(Record)))
         record = Record(**{name: value.item() if value.ndim == 0 else value for name, value in values.items()})
         indices, fooled = record.indices, record.fooled
         if not (indices.ndim == 1 and np.issubdtype(indices.dtype, np.integer)
@@ -188,9 +185,3 @@ def _hash(arrays) -> str:
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

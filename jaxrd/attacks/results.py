@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxrd.errors import InputError
+from jaxrd.files import read_arrays, replacing
 from jaxrd.threat import ThreatModel
 
 Array = jax.Array
@@ -85,19 +85,16 @@ class AutoAttackResult:
             raise InputError(f'result path "{path}" must end in .npz')
         rest = {name: getattr(self, name) for name in _REST} | {"threat": dataclasses.asdict(self.threat)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             np.savez(file, metadata=json.dumps(rest), **{name: getattr(self, name) for name in _ARRAYS})
-        os.replace(temporary, path)
         return path
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "AutoAttackResult":
         """Reads what `save` wrote; raises InputError where the file is missing, damaged or another one."""
         try:
-            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                rest = json.loads(str(file["metadata"]))
-                arrays = {name: file[name] for name in _ARRAYS}
+            arrays = read_arrays(path, (*_ARRAYS, "metadata"))
+            rest = json.loads(str(arrays.pop("metadata")))
             threat = rest.pop("threat")
             rest |= {"threat": ThreatModel(threat["norm"], threat["epsilon"], tuple(threat["bounds"])),
                      "stages": tuple(rest["stages"]), "passes": {name: tuple(pair) for name, pair in rest["passes"].items()}}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrd import objectives
 from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
 from jaxrd.attacks.pgd import loop_unroll
 from jaxrd.attacks.results import AttackResult
@@ -272,7 +273,7 @@ def _attack_traced(runs, network, points, keys, threat, best_of_runs) -> AttackR
         left = right if best_of_runs else ~result.fooled
         new = left & found.fooled & (~result.fooled | (found.loss > result.loss))
         result = AttackResult(
-            jnp.where(new[:, None, None, None], found.images, result.images), result.fooled | new,
+            jnp.where(wide(new), found.images, result.images), result.fooled | new,
             jnp.where(left, jnp.maximum(result.loss, found.loss), result.loss))
     return jax.tree.map(jax.lax.stop_gradient, result)
 
@@ -290,6 +291,16 @@ def check_labels(labels: Array, images: Array, classes: int) -> None:
     if values.min() < 0 or values.max() >= classes:
         raise InputError(f"labels reach from {values.min()} to {values.max()}, but logits_fn has {classes} classes; "
                          f"give classes from 0 to {classes - 1}")
+
+
+def judged(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Returns whether each image is classified correctly, and whether its logits are finite, both [batch] bool."""
+    return objectives.correct(logits, labels), jnp.all(jnp.isfinite(logits), axis=-1)
+
+
+def wide(values: Array) -> Array:
+    """Returns one value per image, [batch], shaped to meet images: [batch, 1, 1, 1]."""
+    return values[:, None, None, None]
 
 
 def uncommitted(keys: Array) -> Array:
@@ -394,8 +405,7 @@ def _finish(search, network, state, threat):
 @functools.partial(jax.jit, static_argnums=0)
 def _clean(search, network, batch):
     logits = network(batch["images"], batch["key"])
-    return jnp.argmax(logits, axis=-1) == batch["labels"], jnp.all(jnp.isfinite(logits), axis=-1), search.value(
-        logits, batch["labels"])
+    return *judged(logits, batch["labels"]), search.value(logits, batch["labels"])
 
 
 @jax.jit
@@ -413,5 +423,4 @@ def fold(keys: Array, *numbers: int) -> Array:
 
 @jax.jit
 def _correct(network, batch):
-    logits = network(batch["images"], batch["key"])
-    return jnp.argmax(logits, axis=-1) == batch["labels"], jnp.all(jnp.isfinite(logits), axis=-1)
+    return judged(network(batch["images"], batch["key"]), batch["labels"])

@@ -22,7 +22,7 @@ import numpy as np
 from jaxrd import objectives
 from jaxrd.attacks.network import LogitsFn, Network
 from jaxrd.attacks.results import AttackResult
-from jaxrd.attacks.search import Passes, Run, State, attack, check_count, step_keys
+from jaxrd.attacks.search import Passes, Run, State, attack, check_count, judged, step_keys, wide
 from jaxrd.threat import ThreatModel
 
 Array = jax.Array
@@ -109,7 +109,7 @@ class Square:
         active = state["active"]
         accepted = active & ((margin > state["margin"]) | wrong)
         return state | {
-            "points": jnp.where(accepted[:, None, None, None], points, state["points"]),
+            "points": jnp.where(wide(accepted), points, state["points"]),
             "margin": jnp.where(accepted, margin, state["margin"]),
             "active": active & ~wrong, "finite": state["finite"] & (finite | ~active)}
 
@@ -170,8 +170,8 @@ def _ask(network, state, points, number):
     """Returns (margin, whether misclassified, whether the logits are finite) at the points."""
     # The network's own noise, where it has some, is not that of the attack.
     logits = network(points, jax.vmap(jax.random.fold_in, (0, None))(step_keys(state, number), 2**31 - 1))
-    return (objectives.margin(logits, state["labels"]), ~objectives.correct(logits, state["labels"]),
-            jnp.all(jnp.isfinite(logits), axis=-1))
+    correct, finite = judged(logits, state["labels"])
+    return objectives.margin(logits, state["labels"]), ~correct, finite
 
 
 def _stripes(state, threat):

@@ -99,7 +99,13 @@ def evaluate(
             teacher = ""
     threat = config.threat.build()
     shared = {"mesh": mesh, "seed": seed, "batch_size": batch_size}
-    folder = workdir / "evaluation"
+
+    def directory_of(name):
+        return workdir / "evaluation" / f"{name}-{split}-step{origin['step']}-seed{seed}"
+
+    def tell(line):
+        say(f"{workdir}: {line}")
+
     record = {
         "jaxrd": jaxrd.__version__,
         "run": {
@@ -116,20 +122,20 @@ def evaluate(
 
     results = {}
     for name, protocol in chosen.items():
-        directory = folder / f"{name}-{split}-step{origin['step']}-seed{seed}"
+        directory = directory_of(name)
         cascade = isinstance(protocol, robustness.Cascade)
         result = robustness.run_attack(
             model, variables, source, protocol, threat, **shared, keep_images=name == _GALLERY_ATTACK,
-            resume=directory if cascade else None, say=lambda line: say(f"{workdir}: {line}"))
+            resume=directory if cascade else None, say=tell)
         results[name] = dataclasses.replace(result, cascade=None)
         record["accuracy"][name], record["seconds"][name] = result.accuracy, round(result.seconds, 3)
         record["attacks"][name] = protocol.definition(threat.epsilon)
         if cascade:
             result.cascade.save(directory / "result.npz")
             record["cascades"][name] = _stages(result.cascade) | {"file": str((directory / "result.npz").relative_to(workdir))}
-            say(f"{workdir}: {name}, stage by stage: " + ", ".join(
+            tell(f"{name}, stage by stage: " + ", ".join(
                 f"{stage} {accuracy:.1%}" for stage, accuracy in result.cascade.per_attack_accuracy.items()))
-        say(f"{workdir}: {name} {result.accuracy:.1%} of {len(source)} {split} images ({result.seconds:.1f} s)")
+        tell(f"{name} {result.accuracy:.1%} of {len(source)} {split} images ({result.seconds:.1f} s)")
         write_json(workdir / "evaluation.json", record)
     if teacher:
         record["alignment"] = robustness.gradient_alignment(
@@ -140,7 +146,7 @@ def evaluate(
         known = {threat.epsilon: results[curve].accuracy}
         record["robustness_curve"] = robustness.robustness_curve(
             model, variables, source, threat, radii, name=curve, known=known, **shared,
-            resume=folder / f"{curve}-{split}-step{origin['step']}-seed{seed}", say=lambda line: say(f"{workdir}: {line}"))
+            resume=directory_of(curve), say=tell)
     if seconds := _seconds_per_step(workdir, config.training.batch_size):
         record["training"] = {"seconds_per_step": seconds}
     _write_gallery(workdir, model, variables, source, threat, results.get(_GALLERY_ATTACK), shared)
@@ -180,8 +186,7 @@ def _write_gallery(workdir, model, variables, source, threat, result, shared) ->
     _, rows = np.unique(source.labels, return_index=True)
     rows = rows[:_GALLERY_IMAGES]
     picked = Source(source.images[rows], source.labels[rows], source.classes, source.name)
-    images = picked.batch(np.arange(len(rows)))["images"]
-    images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
+    images = robustness.float_images(picked.images)
     if result is None:
         result = robustness.run_attack(
             model, variables, picked, robustness.PROTOCOLS[_GALLERY_ATTACK], threat, **shared)

@@ -25,7 +25,7 @@ from jaxrd.data.source import Source
 from jaxrd.errors import InputError
 from jaxrd.evaluation import alignment
 from jaxrd.models import Model
-from jaxrd.threat import ThreatModel
+from jaxrd.threat import ThreatModel, example_keys
 from jaxrd.training import parallel
 
 Array = jax.Array
@@ -186,9 +186,7 @@ def run_attack(
     began = time.perf_counter()
     n = len(source)
     network = Network(models.logits_fn(model, jax.device_put(variables, parallel.replicated(mesh))))
-    images = np.asarray(source.images)
-    images = images.astype(np.float32) / np.float32(255) if images.dtype == np.uint8 else images.astype(np.float32)
-    points = {"images": images, "labels": np.asarray(source.labels, np.int32)}
+    points = {"images": float_images(source.images), "labels": np.asarray(source.labels, np.int32)}
     size = _equal_batches(n, batch_size)
     key = jax.random.key(seed)
     try:
@@ -198,14 +196,14 @@ def run_attack(
             return Result(found.robust, found.images if keep_images else None, time.perf_counter() - began, found)
         sizes = batch_sizes(size, mesh.size)
         adversarial, robust = points["images"].copy() if keep_images else None, np.ones(n, bool)
-        keys = _keys(key, n)
+        keys = example_keys(key, n)
         worst_case = len(protocol.runs) > 1
         if worst_case or not protocol.runs:
             robust = score(network, points, keys, size=sizes[0], mesh=mesh)
         points["step_size"] = np.full(n, protocol.relative_step * threat.epsilon, np.float32)
         for number, (objective, _) in enumerate(protocol.runs):
             search = Ascent(OBJECTIVES[objective], protocol.steps, protocol.start, protocol.momentum)
-            keys = _keys(jax.random.fold_in(key, number), n)
+            keys = example_keys(jax.random.fold_in(key, number), n)
             left = np.flatnonzero(robust) if worst_case else np.arange(n)
             for batch in run_search(search, network, points, keys, left, threat, sizes=sizes, mesh=mesh):
                 robust[batch.indices] = ~batch.fooled
@@ -253,6 +251,12 @@ def gradient_alignment(student, student_variables, teacher, teacher_variables, s
     return {"gradient_distance": float(distance), "gradient_cosine": float(cosine), "definition": alignment.DEFINITION}
 
 
+def float_images(images: np.ndarray) -> np.ndarray:
+    """Returns images as float32 in [0, 1], on the host: what `to_float` gives on a device, to the last bit."""
+    images = np.asarray(images)
+    return images.astype(np.float32) / np.float32(255) if images.dtype == np.uint8 else images.astype(np.float32)
+
+
 def predictions(model: Model, variables: dict, images: np.ndarray) -> np.ndarray:
     """Returns the predicted class of a few images, [n] int."""
     return np.asarray(_predict(model, variables, jnp.asarray(images)))
@@ -270,12 +274,6 @@ def _batches(source: Source, indices: np.ndarray, batch_size: int, mesh) -> Iter
         part = indices[first:first + size]
         batch = parallel.put_batch(source.batch(np.resize(part, size)), mesh)
         yield part, slice(0, len(part)), batch | {"images": to_float(batch["images"])}
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _keys(key: Array, n: int) -> Array:
-    """One key per image, by its index."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
 
 
 @functools.partial(jax.jit, static_argnames="model")

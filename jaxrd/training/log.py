@@ -1,7 +1,6 @@
 """What a run says: metrics.jsonl, one console line per entry, and a progress bar where there is a terminal."""
 
 import json
-import os
 import pathlib
 import sys
 import time
@@ -10,7 +9,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from jaxrd.attacks.progress import duration
 from jaxrd.config import Config
+from jaxrd.files import replacing
 from jaxrd.training.writers import open_writers
 
 
@@ -73,7 +74,7 @@ class Log:
             accuracy.append(f"clean {self._validation['validation/clean_accuracy']:.1%} (validation)")
         pace = "first step, compilation included"
         if timed:
-            eta = _duration((self._steps - step) * (now - self._interval_began) / timed)
+            eta = duration((self._steps - step) * (now - self._interval_began) / timed)
             pace = f"{speed['images_per_second']:,.0f} images/s  ETA {eta}"
         self.say(f"{self._position(step)}  loss {metrics['loss']:.4f} ({', '.join(terms)})  {', '.join(accuracy)}  {pace}")
         self._begin_interval(step)
@@ -112,18 +113,10 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def write_json(path: pathlib.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that a kill leaves either old or new, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(path, "w") as file:
+        file.write(text)

@@ -26,12 +26,7 @@ FULL = {name: getattr(cascades, name) for name in ("_STEPS", "_QUERIES", "_TARGE
 STEPS, QUERIES, TARGETS, RESTARTS = 4, 20, 3, 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling these tiny programs takes far longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)

@@ -27,12 +27,7 @@ STEP_SIZES = {"linf": 0.02, "l2": 0.12}
 each_norm = pytest.mark.parametrize("norm", ["linf", "l2"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling these tiny programs takes far longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def mlp(weights, images):

@@ -23,12 +23,7 @@ KERNEL = GENERATOR.normal(size=(3, 3, 2, 4)).astype(np.float32)
 IMAGES = GENERATOR.uniform(size=(COUNT, *SHAPE)).astype(np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling these tiny programs takes far longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)
