@@ -1,5 +1,6 @@
 """Image classifiers: `create` one by name, or `restore` one from a run directory."""
 
+from jaxrd.models.averaging import average_weights, estimate_statistics
 from jaxrd.models.zoo import Model, create, logits_fn, parameter_count, restore
 
-__all__ = ["Model", "create", "logits_fn", "parameter_count", "restore"]
+__all__ = ["Model", "average_weights", "create", "estimate_statistics", "logits_fn", "parameter_count", "restore"]

@@ -15,7 +15,7 @@ from jaxrd.models.resnet import convolution, pool_and_classify, shortcut
 Array = jax.Array
 
 # (expansion, channels that come out, blocks, stride of the first block) of each group: table 2 of the paper.
-_GROUPS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+GROUPS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
 class InvertedResidual(nn.Module):
@@ -63,7 +63,7 @@ class MobileNetV2(nn.Module):
     def __call__(self, images: Array, train: bool) -> Array:
         x = convolution(32, 3, 1, self.dtype, "conv1")(images)
         x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
-        for group, (expansion, features, blocks, group_stride) in enumerate(_GROUPS, start=1):
+        for group, (expansion, features, blocks, group_stride) in enumerate(GROUPS, start=1):
             for index in range(blocks):
                 stride = group_stride if index == 0 else 1
                 block = InvertedResidual(

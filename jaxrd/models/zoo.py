@@ -2,36 +2,22 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import difflib
 import functools
 import math
 import numbers
-import re
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxrd.errors import InputError
+from jaxrd.models import architectures, published
 from jaxrd.models.batch_norm_sets import add_sets, replace_statistics, select_set
-from jaxrd.models.mobilenet_v2 import MobileNetV2
 from jaxrd.models.normalization import normalize_images
-from jaxrd.models.preact_resnet import PreActResNet
-from jaxrd.models.resnet import BasicBlock, BottleneckBlock, ResNet
-from jaxrd.models.wide_resnet import WideResNet
 
 Array = jax.Array
 Variables = dict
 
-# Residual blocks per stage. 6, 8 and 10 are small ones for small images and quick runs.
-_RESNET_BLOCKS = {6: (1, 1), 8: (1, 1, 1), 10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-_FORMS = (
-    "resnet18, resnet34, resnet50, resnet{depth}_w{width} with depth 6, 8, 10, 18, 34 or 50, preact_resnet18, "
-    "preact_resnet18_w{width}, mobilenet_v2, wrn{depth}_{width} with depth 10, 16, 22, 28, 34, ...")
-_EXAMPLES = ["resnet18", "resnet34", "resnet50", "wrn16_4", "wrn28_10", "wrn34_10", "wrn34_20", "wrn70_16"]
-_EXAMPLES += ["preact_resnet18", "mobilenet_v2"]
-_EXAMPLES += [f"resnet{depth}_w{width}" for depth in _RESNET_BLOCKS for width in (8, 16, 32)]
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -40,7 +26,7 @@ class Model:
     """An image classifier as two pure functions, whatever library its layers come from.
 
     Attributes:
-      name: what `create` was called with.
+      name: of the architecture, whatever identifier `create` was called with.
       classes: number of logits.
       image_shape: (height, width, channels) of one image.
       init: init(key) -> variables {"params": ..., "batch_stats": ...}, all float32.
@@ -77,9 +63,16 @@ def create(
 
     Names: "resnet18", "resnet34" and "resnet50" (He et al. 2016, the CIFAR layout); "resnet{depth}_w{width}", the same
     with `width` instead of 64 channels in the first stage, and also with depth 6, 8 or 10: one block in each of 2, 3 or
-    4 stages; "preact_resnet18" and "preact_resnet18_w{width}" (He et al. 2016, "Identity Mappings", as in the IGDM code);
+    4 stages; "preact_resnet18" (He et al. 2016, "Identity Mappings", as in the code of Rice et al. 2020 and IGDM) and
+    "preact_resnet18_raw" (as in that of Wong et al. 2020: no BatchNorm before the pool, shortcuts from the raw input);
     "mobilenet_v2" (Sandler et al. 2018, the CIFAR layout of the distillation papers); "wrn{depth}_{width}" (Zagoruyko and
-    Komodakis 2016, as in TRADES), depth 6n + 4. Any image size will do: the last layer pools over all of it.
+    Komodakis 2016, as in TRADES), depth 6n + 4; "dm_wrn{depth}_{width}" and "dm_preact_resnet18", those of DeepMind (Gowal et
+    al. 2020) with SiLU; "_w{width}" after any of the 18 layers deep sets the channels of the first stage. These take any
+    image size: the last layer pools over all of it.
+
+    An identifier of RobustBench in `jaxrd.models.published`, such as "Wang2023Better_WRN-28-10" or, where that is not one
+    model alone, "cifar100/Linf/Wang2023Better_WRN-28-10", stands for its architecture and, unless they are given, its mean
+    and std, on the images that it is published for.
 
     Args:
       name: as above.
@@ -110,6 +103,7 @@ def create(
         raise InputError(f"model image_shape is {image_shape}; give (height, width, channels), such as (32, 32, 3)")
     if dtype not in _DTYPES:
         raise InputError(f'model dtype is {dtype!r}; use "float32" or "bfloat16"')
+    name, mean, std = _resolved(name, classes, image_shape, mean, std)
     mean, std = _checked_statistics(mean, std, channels=image_shape[2])
     if not (isinstance(batch_norm_sets, numbers.Integral) and batch_norm_sets >= 1):
         raise InputError(f"model batch_norm_sets is {batch_norm_sets!r}; it must be a whole number of at least 1")
@@ -119,7 +113,7 @@ def create(
 # Cached, so that two equal models are one static argument, and what was compiled for the first serves the second.
 @functools.lru_cache(maxsize=None)
 def _create(name, classes, image_shape, dtype, mean, std, sets) -> Model:
-    module = _module(name, classes, _DTYPES[dtype])
+    module = architectures.module(name, classes, _DTYPES[dtype])
 
     # Compiled, because only then is the forward pass that discovers the parameter shapes not computed.
     @jax.jit
@@ -177,26 +171,15 @@ def restore(workdir: str, step: str | int = "last") -> tuple[Model, Variables]:
     return checkpoint.restore_model(workdir, step)[:2]
 
 
-def _module(name: str, classes: int, dtype: jnp.dtype) -> nn.Module:
-    """Returns the Flax module of that name; raises InputError where there is none."""
-    if match := re.fullmatch(r"resnet([1-9]\d*)(?:_w([1-9]\d*))?", str(name)):
-        depth, width = int(match[1]), int(match[2] or 64)
-        if depth in (18, 34, 50) or depth in _RESNET_BLOCKS and match[2]:
-            block = BottleneckBlock if depth == 50 else BasicBlock
-            return ResNet(_RESNET_BLOCKS[depth], width, block, classes, dtype)
-    if match := re.fullmatch(r"preact_resnet18(?:_w([1-9]\d*))?", str(name)):
-        return PreActResNet(_RESNET_BLOCKS[18], int(match[1] or 64), classes, dtype)
-    if name == "mobilenet_v2":
-        return MobileNetV2(classes, dtype)
-    if match := re.fullmatch(r"wrn([1-9]\d*)_([1-9]\d*)", str(name)):
-        depth, width = int(match[1]), int(match[2])
-        if depth >= 10 and depth % 6 == 4:
-            return WideResNet(depth, width, classes, dtype)
-        nearest = max(10, 6 * round((depth - 4) / 6) + 4)
-        raise InputError(f'model name is "{name}"; a wide ResNet is 6n + 4 deep: did you mean "wrn{nearest}_{width}"?')
-    close = difflib.get_close_matches(str(name).lower().replace("-", "_"), _EXAMPLES, n=1)
-    suggestion = f'did you mean "{close[0]}"? ' if close else ""
-    raise InputError(f'model name is "{name}", which is not known; {suggestion}Names: {_FORMS}')
+def _resolved(name: str, classes: int, image_shape: tuple, mean, std):
+    """Returns the architecture, mean and std that a published identifier stands for; those of other names are as given."""
+    if architectures.is_architecture(name) or (entry := published.find(str(name), classes=classes)) is None:
+        return name, mean, std  # where it is neither, `_create` says so
+    if image_shape != (32, 32, 3):
+        raise InputError(
+            f'model "{entry.identifier}" is published for images (32, 32, 3), not {image_shape}; for others name its '
+            f'architecture, "{entry.model}"')
+    return (entry.model, entry.mean, entry.std) if mean is None and std is None else (entry.model, mean, std)
 
 
 def _checked_statistics(mean, std, channels: int):

@@ -55,7 +55,9 @@ def alone(variables, index):
     return {"params": put(params, variables["params"][key]), "batch_stats": variables["batch_stats"][key]}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wrn34_10", "preact_resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", [
+    "resnet18", "resnet50", "wrn34_10", "preact_resnet18", "preact_resnet18_raw", "mobilenet_v2", "dm_wrn28_10",
+    "dm_preact_resnet18"])
 @pytest.mark.parametrize("sets", [2, 3])
 def test_further_sets_are_whole_and_lie_beside_the_tree_of_a_model_with_one(name, sets):
     variables = jax.eval_shape(create(sets, name).init, jax.random.key(0))

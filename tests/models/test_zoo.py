@@ -11,8 +11,9 @@ import pytest
 
 from jaxrd import models
 from jaxrd.errors import InputError
+from jaxrd.models import published
 
-SMALL = ["resnet6_w8", "wrn10_1"]
+SMALL = ["resnet6_w8", "wrn10_1", "dm_wrn10_1"]
 SHAPE = (8, 8, 1)
 
 
@@ -37,12 +38,17 @@ def images(batch, seed=0, shape=SHAPE):
     ("resnet34", 10, (32, 32, 3), 21_282_122),
     ("resnet50", 10, (32, 32, 3), 23_520_842),
     ("preact_resnet18", 200, (64, 64, 3), 11_269_640),
+    ("preact_resnet18_raw", 200, (64, 64, 3), 11_269_640 - 2 * 512),  # no last BatchNorm
+    ("dm_preact_resnet18", 10, (32, 32, 3), 12_548_426),
     ("mobilenet_v2", 10, (32, 32, 3), 2_296_922),
     ("mobilenet_v2", 100, (32, 32, 3), 2_412_212),
     ("wrn28_10", 10, (32, 32, 3), 36_479_194),
     ("wrn34_10", 10, (32, 32, 3), 46_160_474),
     ("wrn34_10", 100, (32, 32, 3), 46_218_164),
     ("wrn34_20", 10, (32, 32, 3), 184_531_674),
+    ("dm_wrn28_10", 10, (32, 32, 3), 36_479_194),
+    ("dm_wrn28_10", 100, (32, 32, 3), 36_536_884),
+    ("dm_wrn70_16", 10, (32, 32, 3), 266_796_506),
     ("resnet6_w32", 10, (8, 8, 1), 77_290),
 ])
 def test_parameter_counts_are_the_published_ones(name, classes, image_shape, count):
@@ -50,14 +56,20 @@ def test_parameter_counts_are_the_published_ones(name, classes, image_shape, cou
     assert models.parameter_count(jax.eval_shape(model.init, jax.random.key(0))) == count
 
 
-@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18", "preact_resnet18_raw", "dm_preact_resnet18"])
 def test_a_width_of_64_is_the_full_size(name):
-    full, wide = (models.create(name, classes=10) for name in (name, f"{name}_w64"))
-    assert jax.eval_shape(full.init, jax.random.key(0)) == jax.eval_shape(wide.init, jax.random.key(0))
+    full, wide, narrow = (models.create(name, classes=10) for name in (name, f"{name}_w64", f"{name}_w8"))
+    shapes = [jax.eval_shape(model.init, jax.random.key(0)) for model in (full, wide, narrow)]
+    assert shapes[0] == shapes[1] != shapes[2]
+    # A narrow one is the same network with an eighth of the channels, except in images and logits.
+    assert jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[2])
+    for large, small in zip(*map(jax.tree.leaves, (shapes[0], shapes[2]))):
+        assert all(size in (other, 8 * other) for size, other in zip(large.shape, small.shape, strict=True))
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "resnet34", "resnet50", "resnet8_w8", "preact_resnet18", "mobilenet_v2", "wrn34_10"])
+@pytest.mark.parametrize("name", [
+    "resnet18", "resnet34", "resnet50", "resnet8_w8", "preact_resnet18", "preact_resnet18_raw", "dm_preact_resnet18",
+    "mobilenet_v2", "wrn34_10", "dm_wrn28_10"])
 @pytest.mark.parametrize("image_shape", [(32, 32, 3), (64, 64, 3), (8, 8, 1), (28, 20, 1)])
 def test_every_image_size_gives_one_row_of_logits_per_image(name, image_shape):
     model = models.create(name, classes=7, image_shape=image_shape)
@@ -137,8 +149,10 @@ def test_init_is_a_pure_function_of_the_key(name):
     first = model.init(jax.random.key(7))
     chex.assert_trees_all_equal(first, jax.jit(model.init)(jax.random.key(7)))
     other = model.init(jax.random.key(8))
-    assert jnp.any(first["params"]["conv1"]["kernel"] != other["params"]["conv1"]["kernel"])
-    blocks = [layer["conv2"]["kernel"] for layer in first["params"].values() if "conv2" in layer]
+    stem = "init_conv" if name.startswith("dm_") else "conv1"
+    assert jnp.any(first["params"][stem]["kernel"] != other["params"][stem]["kernel"])
+    last = "conv_1" if name.startswith("dm_") else "conv2"
+    blocks = [layer[last]["kernel"] for layer in first["params"].values() if last in layer]
     assert len({float(kernel.ravel()[0]) for kernel in blocks}) == len(blocks) > 1, "two layers share random numbers"
 
 
@@ -166,6 +180,16 @@ def test_gradients_reach_every_parameter_and_the_image(name):
     ("wrn-34-10", 'did you mean "wrn34_10"'),
     ("wrn35_10", 'did you mean "wrn34_10"'),
     ("wrn4_2", 'did you mean "wrn10_2"'),
+    ("preact_resnet18_rw", 'did you mean "preact_resnet18_raw"'),
+    ("preact_resnet18_raw_w0", 'did you mean "preact_resnet18_raw"'),
+    ("preact_resnet18_w8_raw", "Names: resnet18"),
+    ("DMPreActResNet18", 'did you mean "dm_preact_resnet18"'),
+    ("dm_preact_resnet34", 'did you mean "dm_preact_resnet18"'),
+    ("DM-WRN-28-10", 'did you mean "dm_wrn28_10"'),
+    ("dm_wrn29_10", 'did you mean "dm_wrn28_10"'),
+    ("dm_wrn4_2", 'did you mean "dm_wrn10_2"'),
+    ("dm_resnet18", "dm_preact_resnet18, and"),
+    ("Wang2023Better_WRN-28-11", "Names: resnet18"),
     ("transformer", "Names: resnet18"),
     (None, "Names: resnet18"),
 ])
@@ -173,6 +197,62 @@ def test_an_unknown_name_is_one_line_with_the_way_out(name, way_out):
     with pytest.raises(InputError) as error:
         models.create(name, classes=10)
     assert f'"{name}"' in str(error.value) and way_out in str(error.value) and "\n" not in str(error.value)
+
+
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+
+@pytest.mark.parametrize("identifier, classes, architecture, statistics", [
+    ("Wang2023Better_WRN-28-10", 10, "dm_wrn28_10", CIFAR10),
+    ("Wang2023Better_WRN-28-10", 100, "dm_wrn28_10", CIFAR100),
+    ("cifar10/L2/Wang2023Better_WRN-28-10", 10, "dm_wrn28_10", CIFAR10),
+    ("Wang2023Better_WRN-70-16", 100, "dm_wrn70_16", CIFAR100),
+    ("Rice2020Overfitting", 10, "wrn34_20", CIFAR10),
+    ("cifar10/Linf/Wong2020Fast", 10, "preact_resnet18_raw", CIFAR10),
+    ("Andriushchenko2020Understanding", 10, "preact_resnet18_raw", (None, None)),
+    ("Chen2021LTD_WRN34_10", 100, "wrn34_10", (None, None)),
+    ("Sehwag2021Proxy_R18", 10, "resnet18", (None, None)),
+])
+def test_a_published_identifier_is_its_architecture_with_its_normalisation(identifier, classes, architecture, statistics):
+    model = models.create(identifier, classes=classes)
+    assert model.name == model.specification["name"] == architecture and model.classes == classes
+    assert (model.specification["mean"], model.specification["std"]) == statistics
+    assert model == models.create(architecture, classes=classes, mean=statistics[0], std=statistics[1])
+    assert models.create(**json.loads(json.dumps(model.specification))) == model
+
+
+def test_other_options_of_a_published_identifier_are_the_callers():
+    options = {"classes": 10, "dtype": "bfloat16", "batch_norm_sets": 2}
+    model = models.create("Wang2023Better_WRN-28-10", **options)
+    assert model == models.create("dm_wrn28_10", mean=CIFAR10[0], std=CIFAR10[1], **options)
+    own = models.create("Wang2023Better_WRN-28-10", classes=10, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert own == models.create("dm_wrn28_10", classes=10, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    with pytest.raises(InputError, match="give both"):
+        models.create("Wang2023Better_WRN-28-10", classes=10, mean=(0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize("image_shape", [(64, 64, 3), (32, 32, 1), (28, 28, 3)])
+def test_a_published_identifier_is_for_its_own_images(image_shape):
+    with pytest.raises(InputError) as error:
+        models.create("Wang2023Better_WRN-28-10", classes=10, image_shape=image_shape)
+    message = str(error.value)
+    assert all(part in message for part in ("Wang2023Better_WRN-28-10", str(image_shape), "(32, 32, 3)", '"dm_wrn28_10"'))
+    assert "\n" not in message
+    assert models.create("dm_wrn28_10", classes=10, image_shape=image_shape).specification["mean"] is None
+
+
+def test_a_published_identifier_with_other_classes_is_one_line():
+    with pytest.raises(InputError) as error:
+        models.create("Wang2023Better_WRN-28-10", classes=7)
+    assert "10 or 100 classes, not 7" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet6_w8", "preact_resnet18_raw", "dm_preact_resnet18", "wrn10_2", "dm_wrn10_2", "mobilenet_v2"])
+def test_the_name_of_an_architecture_is_not_looked_up(name, monkeypatch):
+    monkeypatch.setattr(published, "find", lambda *_, **__: pytest.fail("looked up"))
+    assert models.create(name, classes=10).specification["mean"] is None
 
 
 @pytest.mark.parametrize("options, named", [
