@@ -1,0 +1,168 @@
+"""Which arrays of a file are a model's weights: the right dictionary of a checkpoint, no prefixes, every key accounted for."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxrd.errors import InputError
+from jaxrd.models.weights import layouts
+
+# Names of dictionaries in checkpoints, the one that is taken first in front: averaged weights are what their authors evaluate,
+# and "last" goes before "best", as RobustBench takes them.
+_PREFERENCE = (
+    r"(.*[._])?(ema|swa|wa|avg|average|averaged)([._].*)?", r"(.*\.)?(model_)?state_dict", "",
+    r"(.*\.)?(model|net|network|student)", r"(.*\.)?last", r".*")
+_NOT_AVERAGED = r"(.*[._])?(unaveraged|best)([._].*)?"
+# Averaging counts of torch.optim.swa_utils; entries that TRADES' class registers and never calls.
+_COUNTERS, _DEAD = (layouts.COUNTER, "n_averaged"), r"sub_block1\..*"
+_MEANS, _STDS = ("mean", "mu"), ("std", "sigma")
+
+
+@dataclasses.dataclass(frozen=True)
+class Accounts:
+    """What became of each array of a file.
+
+    Attributes:
+      arrays: {key of the model's layout: leaf of the file}, a leaf having `shape`, `dtype` and perhaps `array()`.
+      container: dotted name of the dictionary that they were in; "" where it is the file itself.
+      others: names of further dictionaries in the file that hold weights of the same architecture.
+      prefix: what stood before every key.
+      counters: BatchNorm's num_batches_tracked, by key.
+      dead: keys of weights that the public class never calls.
+      normalization: (mean, std) of the images, where the file has them.
+      unused: every other key.
+    """
+
+    arrays: Mapping[str, Any]
+    container: str = ""
+    others: tuple[str, ...] = ()
+    prefix: str = ""
+    counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    dead: tuple[str, ...] = ()
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    unused: tuple[str, ...] = ()
+
+
+def account(source: str, content: Any, keys: list[str], container: str | None = None) -> Accounts:
+    """Finds the weights of an architecture in what a file holds.
+
+    Args:
+      source: the file, for errors.
+      content: nested dictionaries with leaves that have a shape.
+      keys: those of the architecture's layout, the weight of its last layer among them.
+      container: the dotted name of the dictionary to take; None for the best by `_PREFERENCE` of those that fit.
+
+    Returns:
+      the accounts; `arrays` may lack keys, where no dictionary has them all.
+
+    Raises:
+      InputError: no dictionary of that name, or no weights at all.
+    """
+    found = dict(_dictionaries(content))
+    if not found:
+        raise InputError(f"{source}: no tensors in it ({_describe(content)}); give a file of weights, such as a state_dict")
+    if container is not None:
+        if container not in found:
+            raise InputError(f'{source}: no dictionary "{container}" with tensors in it; there are: {_listed(found)}')
+        return _of(found[container], keys, container)
+    accounts = {name: _of(state, keys, name) for name, state in found.items()}
+    complete = [name for name in found if len(accounts[name].arrays) == len(keys)]
+    if not complete:
+        return max(accounts.values(), key=lambda one: len(one.arrays))
+    # A deeper network has every key of a shallower one, and others besides.
+    exact = [name for name in complete if not accounts[name].unused] or complete
+    best = min(exact, key=_rank)
+    return dataclasses.replace(accounts[best], others=tuple(name for name in exact if name != best))
+
+
+def contents(content: Any) -> dict[str, tuple[int, ...]]:
+    """Returns {key: shape} of the largest dictionary in a file, common prefixes removed: what `layouts.identify` takes."""
+    found = dict(_dictionaries(content))
+    state = max(found.values(), key=len, default={})
+    heads = [key.removesuffix(head) for key in state for head in ("linear.weight", "fc.weight", "logits.weight")
+             if key == head or key.endswith(f".{head}")]
+    prefix = min(heads, key=len, default="")
+    return {key.removeprefix(prefix): tuple(leaf.shape) for key, leaf in state.items() if key.startswith(prefix)}
+
+
+def _dictionaries(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (dotted name, {key: leaf}) of every dictionary that holds tensors itself."""
+    if not isinstance(content, Mapping):
+        return
+    state = {key: value for key, value in content.items() if isinstance(key, str) and hasattr(value, "shape")}
+    if any(len(value.shape) > 0 for value in state.values()):
+        yield name, state
+    if depth < 3:  # deeper ones are an optimiser's; a hostile file cannot make this long by sharing dictionaries
+        for key, value in content.items():
+            if isinstance(key, str):
+                yield from _dictionaries(value, f"{name}.{key}" if name else key, depth + 1)
+
+
+def _of(state: Mapping[str, Any], keys: list[str], container: str) -> Accounts:
+    wanted = set(keys)
+    prefix = _prefix(state, keys)
+    arrays, counters, dead, means, stds, unused = {}, {}, [], {}, {}, []
+    for key, leaf in state.items():
+        name = key.removeprefix(prefix)
+        last = name.rpartition(".")[2]
+        if key.startswith(prefix) and name in wanted:
+            arrays[name] = leaf
+        elif last in _COUNTERS:
+            counters[name] = leaf
+        elif re.fullmatch(_DEAD, name):
+            dead.append(key)
+        elif last in _MEANS:
+            means[key] = leaf
+        elif last in _STDS:
+            stds[key] = leaf
+        else:
+            unused.append(key)
+    normalization = None
+    if len(means) == len(stds) == 1:
+        mean, std = (tuple(float(value) for value in np.ravel(read(next(iter(one.values()))))) for one in (means, stds))
+        if len(mean) == len(std):
+            normalization = mean, std
+    if normalization is None:
+        unused += [*means, *stds]
+    return Accounts(
+        arrays={key: arrays[key] for key in keys if key in arrays}, container=container, prefix=prefix,
+        counters={key: int(read(leaf)) for key, leaf in counters.items() if not leaf.shape},
+        dead=tuple(dead), normalization=normalization, unused=tuple(unused))
+
+
+def read(leaf: Any) -> np.ndarray:
+    """Returns the values of a leaf."""
+    return np.asarray(leaf.array() if hasattr(leaf, "array") else leaf)
+
+
+def _prefix(state: Mapping[str, Any], keys: list[str]) -> str:
+    """Returns what stands before the keys of a layout: "module.", "module.model.", "module.1.", ... or nothing."""
+    candidates = collections.Counter({"": 0})
+    for anchor in (keys[0], keys[-2], keys[-1]):  # the stem and the last layer
+        for key in state:
+            if key == anchor or key.endswith(f".{anchor}"):
+                candidates[key.removesuffix(anchor)] = 0
+    for prefix in candidates:
+        candidates[prefix] = sum(f"{prefix}{key}" in state for key in keys)
+    return max(candidates, key=lambda prefix: (candidates[prefix], -len(prefix)))
+
+
+def _rank(name: str) -> tuple[int, int, str]:
+    name = name.lower()
+    if re.fullmatch(_NOT_AVERAGED, name):
+        return len(_PREFERENCE), len(name), name
+    return next(rank for rank, pattern in enumerate(_PREFERENCE) if re.fullmatch(pattern, name)), len(name), name
+
+
+def _listed(names) -> str:
+    return ", ".join(f'"{name}"' if name else 'the file itself (--entry="")' for name in names)
+
+
+def _describe(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    return f"a dictionary with {len(content)} keys: {', '.join(map(repr, list(content)[:6]))}" if content else "an empty one"
