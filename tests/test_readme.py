@@ -1,14 +1,18 @@
 """What the README and the config files tell a user to type is typed here."""
 
+import os
 import pathlib
 import re
 import shlex
 import subprocess
 import sys
+import types
 
 import jax
+import numpy as np
 import pytest
 
+from jaxrd import models
 from jaxrd.distillation import catalogue
 from jaxrd.training.log import read_metrics
 
@@ -32,7 +36,7 @@ def test_every_training_command_is_a_valid_configuration(command):
     assert done.returncode == 0 and "training.batch_size = " in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("module", ["evaluate", "benchmark"])
+@pytest.mark.parametrize("module", ["evaluate", "benchmark", "weights"])
 def test_every_other_command_uses_flags_that_exist(module):
     known = subprocess.run([sys.executable, "-m", f"launch.{module}", "--help"], cwd=ROOT, text=True, capture_output=True)
     used = {word.split("=")[0] for command in commands(module) for word in shlex.split(command)[3:]}
@@ -77,6 +81,45 @@ def test_a_method_of_ones_own_takes_a_few_lines_and_trains(tiny_config, tiny_tea
     entry = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
     assert entry["train/loss"] == pytest.approx(
         0.5 * entry["train/labels"] + 0.5 * entry["train/l1"] + 10 * 0.5 * entry["train/igdm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_published_teacher_is_distilled_and_its_student_goes_back_to_torch(tmp_path, monkeypatch):
+    """The section's commands in their order, on a stand-in of full size for the file that is to be downloaded."""
+    torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch, which jaxrd does not")
+    from tests.models import torch_modules
+
+    section = (ROOT / "README.md").read_text().split("## Teachers from elsewhere")[1].split("\n## ")[0]
+    code, = re.findall(r"```python\n(import torch.*?)```", section, re.S)
+    lines = [line for line in re.findall(r"```sh\n(.*?)```", section, re.S)[0].replace("\\\n", " ").splitlines() if line]
+    torch.manual_seed(0)
+    teacher = torch_modules.DMWideResNet(depth=28, width=10, classes=100)
+    torch.save({"state_dict": torch.nn.DataParallel(teacher).state_dict()}, tmp_path / "Wang2023Better_WRN-28-10.pt")
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 200), ("test", 100)):
+        np.savez(tmp_path / f"{name}.npz", images=draw.integers(0, 256, (count, 32, 32, 3), np.uint8),
+                 labels=np.arange(count) % 100)
+    small = {
+        "import": "--any_accuracy --examples=8",
+        "train": "--config.training.steps=1 --config.training.batch_size=8 --config.attack.steps=1",
+        "evaluate": "--attacks=clean --batch_size=20"}
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        words[0], words[3:] = sys.executable, [word.replace("configs/", f"{ROOT}/configs/") for word in words[3:]]
+        more = next((options for name, options in small.items() if name in " ".join(words[2:4])), "")
+        done = subprocess.run([*words, *more.split()], cwd=tmp_path, text=True, capture_output=True,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "mobilenet_v2", types.SimpleNamespace(
+        MobileNetV2=lambda num_classes: torch_modules.MobileNetV2(classes=num_classes)))
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    images = draw.uniform(size=(3, 32, 32, 3)).astype(np.float32)
+    with torch.no_grad():
+        logits = names["student"](torch.tensor(images.transpose(0, 3, 1, 2).copy())).numpy()
+    expected = models.logits_fn(*models.restore(tmp_path / "runs/cifar100/rslad+igdm"))(images)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_the_pictures_exist():

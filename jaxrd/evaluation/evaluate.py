@@ -109,12 +109,13 @@ def evaluate(
     record = {
         "jaxrd": jaxrd.__version__,
         "run": {
-            "workdir": str(workdir), "method": config.build_method().name, "student": config.student,
+            "workdir": str(workdir), "student": config.student,
+            "method": origin["imported"]["name"] if origin["imported"] else config.build_method().name,
             "parameters": models.parameter_count(select_set(variables, 0, model.batch_norm_sets)),
             "teacher": config.teacher, "seed": config.seed,
             "step": origin["step"], "checkpoint": str(step), "weights": origin["weights"], "dtype": "float32"},
         "data": {"name": source.name.split("/")[0], "split": split, "examples": len(source),
-                 "train_examples": len(train_source)},
+                 "train_examples": None if origin["imported"] else len(train_source)},
         "threat": {"norm": threat.norm, "epsilon": threat.epsilon, "bounds": list(threat.bounds)},
         "seed": seed, "accuracy": {}, "attacks": {}, "seconds": {}, "cascades": {},
     }

@@ -148,7 +148,8 @@ def to_rows(runs: Iterable[Run]) -> list[dict]:
             "student": str(config.get("student") or described.get("student") or "?"),
             "parameters": described.get("parameters"),
             "data": str(data.get("name") or _part(config, "data").get("name") or "?"),
-            "train_examples": _part(config, "data").get("examples") if examples is None else examples,
+            # An evaluation that leaves it open is of imported weights, whose training nobody here has seen.
+            "train_examples": examples or ("-" if "train_examples" in data else _part(config, "data").get("examples")),
             "norm": str(threat.get("norm", "?")), "epsilon": threat.get("epsilon"),
             "seed": config.get("seed", described.get("seed")),
             "teacher": str(config.get("teacher") or described.get("teacher") or ""),
@@ -311,6 +312,9 @@ def _teacher_settings(teacher):
     if not (teacher and path.is_file()):
         return teacher
     settings = {key: value for key, value in flat(_json(path, "restore the file")).items() if key not in ("seed", "teacher")}
+    imported = path.with_name("import.json")
+    if imported.is_file():  # two teachers of one architecture are told apart by their files
+        settings["imported"] = _json(imported, "import the weights again").get("file")
     return json.dumps(settings, sort_keys=True, default=str)
 
 

@@ -111,7 +111,8 @@ class Checkpoints:
         variables = restored["average"] if averaged else restored
         return model, variables, {
             "step": step, "config": custom["config"], "teacher_step": custom.get("teacher_step"),
-            "weights": "average" if averaged else "newest"}
+            "weights": "average" if averaged else "newest", "imported": custom.get("imported"),
+            "counters": custom.get("counters", {})}
 
     def _metadata(self, step: int):
         with _damage_explained(self.directory / str(step)):
@@ -127,6 +128,13 @@ class Checkpoints:
             return self._checkpointer.load(step, abstract)
 
 
+def save_variables(workdir: str | pathlib.Path, variables: dict[str, Any], metadata: dict[str, Any]) -> None:
+    """Saves variables without an optimiser's state as step 0 of a run directory, and returns when they are written."""
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints._checkpointer.save_checkpointables(
+            0, {"state": variables}, metrics={}, custom_metadata=metadata, force=True)
+
+
 def restore_model(workdir: str | pathlib.Path, step: int | str = "last") -> tuple[models.Model, dict, dict[str, Any]]:
     """Returns the model of a run directory, its variables (the weight average where the run kept one) and their origin.
 
@@ -135,8 +143,9 @@ def restore_model(workdir: str | pathlib.Path, step: int | str = "last") -> tupl
       step: "last", "best" (by validation PGD accuracy), or a step's number.
 
     Returns:
-      (model, variables, {"step", "config", "teacher_step", "weights"}); `teacher_step` is that of the teacher it was distilled
-      from, or None; `weights` is "average" or "newest".
+      (model, variables, {"step", "config", "teacher_step", "weights", "imported", "counters"}); `teacher_step` is that of the
+      teacher it was distilled from, or None; `weights` is "average" or "newest"; `imported` is what import.json says, or None
+      for a trained run; `counters` are PyTorch's counters of batches, by key, where it had some.
 
     Raises:
       InputError: no such directory, no checkpoint in it, no such step, or a damaged one.

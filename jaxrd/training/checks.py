@@ -64,6 +64,10 @@ def check_claim(workdir: pathlib.Path, config: Config) -> None:
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         reason = "is not writable" if nearest.is_dir() else "is a file"
         raise InputError(f"--workdir={workdir}: {nearest} {reason}; choose another --workdir")
+    if (workdir / "import.json").exists():
+        raise InputError(
+            f"{workdir} holds imported weights, not a run to go on with; choose another --workdir, and give this one as "
+            "--config.teacher")
     if not path.exists():
         if checkpoint.has_checkpoints(workdir):
             raise InputError(f"{workdir} holds checkpoints but no config.json; choose another --workdir")

@@ -1,0 +1,361 @@
+"""Run directories from the weights of others, and files for others from run directories.
+
+An imported directory is one that restoring, distillation (`--config.teacher`) and evaluation take for a run: config.json, a
+checkpoint of step 0, and import.json, which says where the weights are from. It appears whole or not at all, and so does an
+exported file, which has been read again and compared before it takes its name.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import math
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+import jaxrd
+from jaxrd import models
+from jaxrd.config import Config, DataConfig, MethodConfig, ThreatConfig
+from jaxrd.data.source import DataSet
+from jaxrd.errors import InputError, choose
+from jaxrd.evaluation import robustness
+from jaxrd.models import weights
+from jaxrd.models.weights import safetensors_file, torch_file
+from jaxrd.training import checkpoint, parallel
+from jaxrd.training.log import write_json
+from jaxrd.training.loop import open_data
+
+EXPORT_FORMATS = ("torch", "safetensors", "stablehlo")
+_DATA = {10: "cifar10", 100: "cifar100", 200: "tiny_imagenet"}
+
+
+def import_weights(
+    source: str | pathlib.Path,
+    workdir: str | pathlib.Path,
+    name: str = "",
+    *,
+    data: str = "",
+    examples: int = 1000,
+    any_accuracy: bool = False,
+    image_shape: Sequence[int] | None = None,
+    classes: int | None = None,
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> weights.Imported:
+    """Makes a run directory of a file of weights, and returns what was read.
+
+    Args:
+      source: see `models.weights.read`.
+      workdir: the directory; it does not exist yet, or is empty.
+      name: architecture or published identifier; see `models.weights.read`.
+      data: name of a prepared TFDS data set, or "train.npz,test.npz": its test images, on which the clean accuracy is measured
+        before anything is written, and which `launch.evaluate` will read. "": the published data set or the one with as many
+        classes, without a measurement.
+      examples: how many of the test images are classified, from the first on; 0 for all.
+      any_accuracy: accept an accuracy that is not the published one.
+      image_shape, classes: as for `models.weights.read`; by default those of `data`, where it is given.
+      say: is given one line per finding.
+      **options: see `models.weights.read`.
+
+    Raises:
+      InputError: the file does not fit; the directory is taken; the data set cannot be opened or has other images or classes;
+        the clean accuracy is far from the published one. Nothing has been written then.
+    """
+    workdir = pathlib.Path(workdir)
+    _check_free(workdir)
+    dataset = None
+    if data:
+        section = DataConfig(name="arrays", arrays=data) if "," in data else DataConfig(name=data)
+        dataset, _ = open_data(Config(data=section))
+        image_shape, classes = _agreed(dataset, image_shape, classes)
+    found = weights.read(source, name, image_shape=image_shape, classes=classes, **options)
+    entry = found.published
+    if not data:
+        section = DataConfig(name=_data_of(found))
+    config = Config(
+        method=MethodConfig("pgd_at"), student=found.model.name, data=section,
+        threat=ThreatConfig(entry.norm, entry.epsilon) if entry else ThreatConfig())
+    for line in _findings(source, found):
+        say(line)
+    record = _record(source, found)
+    if dataset:
+        record["clean_accuracy"] = _clean_accuracy(found, dataset, examples, any_accuracy, say)
+    with _appearing(workdir, directory=True) as directory:
+        write_json(directory / "config.json", config.to_dict())
+        write_json(directory / "import.json", record)
+        metadata = {
+            "config": config.to_dict(), "model": dict(found.model.specification), "teacher_step": None,
+            "imported": record, "counters": dict(found.accounts.counters), "jaxrd": jaxrd.__version__}
+        checkpoint.save_variables(directory, found.variables, metadata)
+    parameters = models.parameter_count(found.variables)
+    say(f"{workdir}: {found.model.name}, {found.model.classes} classes, {parameters:,} parameters; use it as "
+        f"--config.teacher={workdir}, or python -m launch.evaluate --workdir={workdir}")
+    return found
+
+
+def export_weights(
+    workdir: str | pathlib.Path,
+    output: str | pathlib.Path,
+    format: str,
+    *,
+    step: str | int = "last",
+    batch_norm_set: int = 0,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Writes the weights of a run's checkpoint (its weight average, where it kept one) to a file, and reads it again.
+
+    Args:
+      workdir: a run directory, or an imported one.
+      output: the file; it does not exist yet.
+      format: "torch" (a state_dict), "safetensors" or "stablehlo": see `models.weights`.
+      step: see `models.restore`.
+      batch_norm_set: which one, where the model has several.
+      say: is given one line per finding.
+
+    Raises:
+      InputError: an unknown format, step or set; the output exists or cannot be written; the file read again is not what was
+        written.
+    """
+    choose("format", format, EXPORT_FORMATS)
+    output = pathlib.Path(output)
+    _check_output(output)
+    model, variables, origin = checkpoint.restore_model(workdir, step)
+    if not 0 <= batch_norm_set < model.batch_norm_sets:
+        raise InputError(f"batch_norm_set is {batch_norm_set}; {workdir} has {model.batch_norm_sets}, counted from 0")
+    with _appearing(output) as path:
+        if format == "stablehlo":
+            path.write_bytes(weights.stablehlo(model, variables, batch_norm_set=batch_norm_set))
+            checked = _check_program(path, model, variables, batch_norm_set)
+        else:
+            state = weights.state_dict(
+                model, variables, batch_norm_set=batch_norm_set, counters=origin["counters"])
+            if format == "torch":
+                weights.write_torch(path, state)
+                written = {key: leaf.array() for key, leaf in torch_file.read(str(path)).items()}
+            else:
+                weights.write_safetensors(path, state, model)
+                written, _ = safetensors_file.read(str(path))
+            checked = _check_state(path, state, written)
+        size = path.stat().st_size
+    say(f"{output}: {model.name}, {model.classes} classes, step {origin['step']} of {workdir}, {size / 2**20:,.1f} MiB; "
+        f"{checked}")
+    mean, std = model.specification["mean"], model.specification["std"]
+    if format == "stablehlo":
+        say(f"images float32 [batch, {', '.join(map(str, model.image_shape))}] in [0, 1] -> logits; any batch size; "
+            "run it with jax.export.deserialize(bytearray(data)).call(images)")
+    elif mean is None:
+        say("images in [0, 1] go in as they are: the network has no normalisation")
+    else:
+        say(f"the file holds no normalisation: the class must subtract mean {mean} and divide by std {std}")
+
+
+@contextlib.contextmanager
+def _appearing(target: pathlib.Path, *, directory: bool = False) -> Iterator[pathlib.Path]:
+    """Yields a path beside `target`, which takes its name once the block has ended, and is removed where it has failed.
+
+    What a killed process of this machine has left there is removed too.
+    """
+    host = socket.gethostname()
+    prefix = f".{target.name}.unfinished-{host}-"
+    temporary = target.parent / f"{prefix}{os.getpid()}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+            if not _is_running(left.name.removeprefix(prefix)):
+                _remove(left)
+        if directory:
+            temporary.mkdir()
+        with _termination_raised():
+            yield temporary
+            if not directory:
+                temporary.chmod(0o666 & ~_umask())  # safetensors' own files are their owner's alone
+            os.replace(temporary, target)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror or error}); choose another place") from None
+    finally:
+        _remove(temporary)
+
+
+@contextlib.contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Makes SIGTERM an exception, so that what is half-written is removed; in the main thread, the only one that may."""
+    def leave(number, _):
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _umask() -> int:
+    """Returns the rights that new files are made without; to read them is to set them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.unlink()
+
+
+def _check_free(workdir: pathlib.Path) -> None:
+    """Raises InputError where the directory is taken; before a large file is read."""
+    if workdir.is_dir() and not any(workdir.iterdir()):
+        return
+    if workdir.exists():
+        what = "holds a run" if checkpoint.has_checkpoints(workdir) else "exists"
+        raise InputError(f"--workdir={workdir} {what} already; choose another one, or remove it")
+
+
+def _check_output(output: pathlib.Path) -> None:
+    if output.exists() or output.is_symlink():
+        what = "is a directory; name a file in it" if output.is_dir() else "exists already; choose another name, or remove it"
+        raise InputError(f"--output={output} {what}")
+
+
+def _agreed(dataset: DataSet, image_shape, classes) -> tuple[tuple[int, ...], int]:
+    """Returns the image shape and classes of the data set; InputError where others are asked for."""
+    test = dataset.test
+    for field, asked, there in (("image_shape", image_shape and tuple(image_shape), test.image_shape),
+                                ("classes", classes, test.classes)):
+        if asked and asked != there:
+            raise InputError(f"{field} is {asked}, but {test.name} has {there}; leave it out, or give another data set")
+    return test.image_shape, test.classes
+
+
+def _data_of(found: weights.Imported) -> str:
+    """Returns the data set that an imported model is of, by what is published or by its classes and images."""
+    if found.published:
+        return found.published.dataset
+    if found.model.image_shape == (8, 8, 1) and found.model.classes == 10:
+        return "jaxrd_digits"
+    if found.model.classes not in _DATA:
+        raise InputError(
+            f"--data is missing: nothing says which images of {found.model.classes} classes this model is of; give a prepared "
+            "TFDS name or train.npz,test.npz, which launch.evaluate will read")
+    return _DATA[found.model.classes]
+
+
+def _findings(source, found: weights.Imported) -> Iterator[str]:
+    """Yields what was read, one line per finding, every key accounted for."""
+    accounts = found.accounts
+    where = f' of "{accounts.container}"' if accounts.container else ""
+    prefix = f', without their prefix "{accounts.prefix}"' if accounts.prefix else ""
+    yield f"{source}: {len(accounts.arrays)} arrays{where}{prefix}: the weights of {found.name}"
+    if accounts.others:
+        listed = ", ".join(f'"{other}"' for other in accounts.others)
+        yield f"the file has other weights of this architecture too, which --entry would take: {listed}"
+    if found.dtypes:
+        yield f"converted to float32 from {', '.join(found.dtypes)}"
+    mean, std = (found.model.specification[name] for name in ("mean", "std"))
+    inside = "images in [0, 1] as they are" if mean is None else f"mean {mean}, std {std} inside the model"
+    yield f"normalisation: {inside} ({found.normalization})"
+    if accounts.counters:
+        yield f"kept for export only: {len(accounts.counters)} counters of batches"
+    if accounts.dead:
+        yield f"left out, because its class never calls them: {', '.join(_shortened(accounts.dead))}"
+    if accounts.unused:
+        yield f"left out, because the model has no use for them: {', '.join(_shortened(accounts.unused))}"
+    if entry := found.published:
+        parts = [f"{value:.2f} % {name}" for name, value in (("clean", entry.clean), ("AutoAttack", entry.autoattack)) if value]
+        yield f"published: {', '.join(parts) or 'no accuracy known'} ({entry.paper})"
+
+
+def _shortened(keys: Sequence[str]) -> list[str]:
+    return [*keys[:4], f"{len(keys) - 4} more"] if len(keys) > 5 else list(keys)
+
+
+def _record(source, found: weights.Imported) -> dict[str, Any]:
+    """Returns import.json: where the weights are from, and what became of every key."""
+    source = pathlib.Path(source)
+    with open(source, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    accounts = found.accounts
+    return {
+        "jaxrd": jaxrd.__version__, "name": found.name, "kind": found.kind,
+        "file": {"name": source.name, "bytes": source.stat().st_size, "sha256": digest},
+        "container": accounts.container, "other_containers": list(accounts.others), "prefix": accounts.prefix,
+        "arrays": len(accounts.arrays), "dead": list(accounts.dead), "unused": list(accounts.unused),
+        "converted_from": list(found.dtypes), "normalization": found.normalization,
+        "published": found.published and dataclasses.asdict(found.published)}
+
+
+def _clean_accuracy(found, dataset: DataSet, examples: int, any_accuracy: bool, say) -> dict[str, Any]:
+    """Measures the clean accuracy on test images and compares it with the published one."""
+    test = dataset.test
+    if 0 < examples < len(test):
+        test = dataclasses.replace(test, images=test.images[:examples], labels=test.labels[:examples])
+    with jax.default_matmul_precision("highest"):
+        measured = 100 * robustness.run_attack(
+            found.model, found.variables, test, robustness.PROTOCOLS["clean"], ThreatConfig().build(),
+            mesh=parallel.data_mesh(), keep_images=False).accuracy
+    say(f"clean accuracy {measured:.2f} % of {len(test):,} images of {test.name}")
+    known = found.published and found.published.clean
+    if known:
+        # On all images of the published split the same ones are wrong, but for rounding; a part of them is a sample.
+        whole = len(test) == len(dataset.test)
+        allowed = 0.2 if whole else 400 * math.sqrt(known / 100 * (1 - known / 100) / len(test)) + 0.2
+        if abs(measured - known) > allowed and not any_accuracy:
+            raise InputError(
+                f"clean accuracy is {measured:.2f} % of {len(test):,} images of {test.name}, {found.name} is published with "
+                f"{known:.2f} %, more than {allowed:.2f} away; nothing was written. Is this the right data set, file and "
+                "normalisation? --any_accuracy takes it all the same")
+    elif measured <= 200 / found.model.classes:
+        say("that is hardly better than chance: is this the right data set, and the right normalisation?")
+    return {"data": test.name, "examples": len(test), "percent": measured}
+
+
+def _check_state(path, state: dict[str, np.ndarray], written: dict[str, np.ndarray]) -> str:
+    """Compares a file that was read again with what went into it, bit for bit; returns what to say about it."""
+    for key in {**state, **written}:
+        same = key in written and key in state and (
+            written[key].dtype == state[key].dtype and written[key].tobytes() == state[key].tobytes()
+            and written[key].shape == state[key].shape)
+        if not same:
+            raise InputError(f"{path}: {key} is not what was written when read again; is the disk full or faulty?")
+    return f"{len(state)} entries, read again and equal bit for bit"
+
+
+def _check_program(path, model, variables, batch_norm_set) -> str:
+    """Runs a program that was read again beside the model, at two batch sizes; returns what to say about it."""
+    program = jax.export.deserialize(bytearray(path.read_bytes()))
+    largest = 0.0
+    for batch in (1, 7):
+        images = np.random.default_rng(batch).uniform(size=(batch, *model.image_shape)).astype(np.float32)
+        with jax.default_matmul_precision("highest"):
+            expected, _ = jax.jit(model.apply, static_argnums=(2, 3))(variables, images, False, batch_norm_set)
+        difference = float(np.max(np.abs(np.asarray(program.call(images)) - expected)))
+        if not difference <= 1e-5 * max(1.0, float(np.max(np.abs(expected)))):
+            raise InputError(
+                f"{path}: read again, the program's logits differ by {difference:g} from the model's; on this platform "
+                f"({jax.default_backend()}) it should not be used")
+        largest = max(largest, difference)
+    return f"read again, logits within {largest:.1g} of the model's"
