@@ -35,6 +35,8 @@ _ALLOW_UNUSED = flags.DEFINE_bool("allow_unused", False, "import: leave out arra
 _DATA = flags.DEFINE_string(
     "data", "", "import: prepared TFDS data set, or train.npz,test.npz, on whose test images the clean accuracy is checked.")
 _EXAMPLES = flags.DEFINE_integer("examples", 1000, "import: how many of them, from the first on; 0 for all.", lower_bound=0)
+_NORM = flags.DEFINE_string("norm", "", "import: linf or l2, with --epsilon: what launch.evaluate will attack within.")
+_EPSILON = flags.DEFINE_string("epsilon", None, "import: radius, such as 8/255; by default what is published, or L-inf 8/255.")
 _ANY_ACCURACY = flags.DEFINE_bool("any_accuracy", False, "import: accept an accuracy that is far from the published one.")
 _OUTPUT = flags.DEFINE_string("output", "", "export: the file to write.")
 _STEP = flags.DEFINE_string("step", "last", 'export: "last", "best" by validation PGD accuracy, or a step\'s number.')
@@ -57,7 +59,7 @@ def main(chosen: str) -> None:
             _SOURCE.value, _WORKDIR.value, _MODEL.value, format=_FORMAT.value, classes=_CLASSES.value,
             image_shape=_numbers(_IMAGE_SHAPE, int) if _IMAGE_SHAPE.value else None, normalization=_normalization(),
             container=_ENTRY.value, allow_unused=_ALLOW_UNUSED.value, data=_DATA.value, examples=_EXAMPLES.value,
-            any_accuracy=_ANY_ACCURACY.value)
+            any_accuracy=_ANY_ACCURACY.value, norm=_NORM.value, epsilon=_EPSILON.value)
     else:
         step = int(_STEP.value) if _STEP.value.isdigit() else _STEP.value
         exchange.export_weights(

@@ -143,7 +143,8 @@ def to_rows(runs: Iterable[Run]) -> list[dict]:
         rows.append({
             "workdir": str(run.workdir), "role": "student",
             # What was built: an IGDM weight of its own may add the module to the name in the configuration, or remove it.
-            "method": str(described.get("method") or _part(config, "method").get("name") or "?"),
+            "method": str(described.get("method") or _part(config, "imported").get("name") or
+                          _part(config, "method").get("name") or "?"),
             "evaluated": (data.get("split"), described.get("checkpoint")),
             "student": str(config.get("student") or described.get("student") or "?"),
             "parameters": described.get("parameters"),
@@ -227,7 +228,7 @@ def _read(workdir):
         raise InputError(f'run directory "{workdir}" does not exist; train it first, or correct the path')
     if not (workdir / "config.json").is_file():
         raise InputError(f'"{workdir}" holds no config.json; give a run directory, as python -m launch.train makes it')
-    config = _json(workdir / "config.json", "restore the file or train the run again")
+    config = _json(workdir / "config.json", "restore the file or train the run again") | _imported(workdir)
     evaluation = {}
     # Delete it: an evaluation keeps what earlier ones have measured.
     again = f"delete it and run python -m launch.evaluate --workdir={workdir} again"
@@ -236,6 +237,15 @@ def _read(workdir):
         evaluation = {name: value for name, value in evaluation.items() if value is not None}
         _check(evaluation, workdir / "evaluation.json", again)
     return Run(workdir, config, tuple(read_metrics(workdir / "metrics.jsonl")), evaluation)
+
+
+def _imported(workdir):
+    """Returns {"imported": name and file} of a directory of imported weights, which tells two of one architecture apart."""
+    path = workdir / "import.json"
+    if not path.is_file():
+        return {}
+    record = _json(path, "import the weights again")
+    return {"imported": {"name": record.get("name"), "file": record.get("file")}}
 
 
 def _json(path, way_out):
@@ -311,10 +321,8 @@ def _teacher_settings(teacher):
     path = Path(teacher) / "config.json"
     if not (teacher and path.is_file()):
         return teacher
-    settings = {key: value for key, value in flat(_json(path, "restore the file")).items() if key not in ("seed", "teacher")}
-    imported = path.with_name("import.json")
-    if imported.is_file():  # two teachers of one architecture are told apart by their files
-        settings["imported"] = _json(imported, "import the weights again").get("file")
+    config = _json(path, "restore the file") | _imported(path.parent)
+    settings = {key: value for key, value in flat(config).items() if key not in ("seed", "teacher")}
     return json.dumps(settings, sort_keys=True, default=str)
 
 

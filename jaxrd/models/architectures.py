@@ -18,8 +18,8 @@ from jaxrd.models.wide_resnet import WideResNet
 RESNET_BLOCKS = {6: (1, 1), 8: (1, 1, 1), 10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 FORMS = (
     "resnet18, resnet34, resnet50, resnet{depth}_w{width} with depth 6, 8, 10, 18, 34 or 50, preact_resnet18, "
-    "preact_resnet18_raw, preact_resnet18_w{width}, mobilenet_v2, wrn{depth}_{width} with depth 10, 16, 22, 28, 34, ..., "
-    "DeepMind's dm_wrn{depth}_{width} and dm_preact_resnet18, and published models: python -m launch.weights zoo")
+    "preact_resnet18_raw, dm_preact_resnet18, these three also with _w{width}, mobilenet_v2, wrn{depth}_{width} and "
+    "dm_wrn{depth}_{width} with depth 10, 16, 22, 28, 34, ..., and published models: python -m launch.weights zoo")
 _EXAMPLES = ["resnet18", "resnet34", "resnet50", "wrn16_4", "wrn28_10", "wrn34_10", "wrn34_20", "wrn70_16", "dm_wrn28_10"]
 _EXAMPLES += ["dm_wrn34_20", "dm_wrn70_16", "preact_resnet18", "preact_resnet18_raw", "dm_preact_resnet18", "mobilenet_v2"]
 _EXAMPLES += [f"resnet{depth}_w{width}" for depth in RESNET_BLOCKS for width in (8, 16, 32)]
@@ -55,7 +55,8 @@ def module(name: str, classes: int, dtype: jnp.dtype = jnp.float32) -> nn.Module
         raise InputError(f'model name is "{name}"; a wide ResNet is 6n + 4 deep: did you mean "{nearest}"?')
     known = {example.lower().replace("-", "_"): example
              for example in (*(entry.name for entry in published.PUBLISHED), *published.names(), *_EXAMPLES)}
-    close = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, n=1)
+    typed = re.sub("wide_?res_?net_?", "wrn", str(name).lower().replace("-", "_"))
+    close = difflib.get_close_matches(typed, known, n=1)
     suggestion = f'did you mean "{known[close[0]]}"? ' if close else ""
     raise InputError(f'model name is "{name}", which is not known; {suggestion}Names: {FORMS}')
 

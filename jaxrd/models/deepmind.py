@@ -3,12 +3,13 @@ Norm-Bounded Adversarial Examples", and those that build on it (Rebuffi et al. 2
 
 A wide ResNet and a pre-activation ResNet with SiLU, which some of that code calls Swish: the same function. They differ from
 `wide_resnet` and `preact_resnet` in their padding, which for a stride of 2 is on the right and the bottom only. Layers and
-padding are those of the PyTorch files (google-deepmind/deepmind-research); for even sizes, which CIFAR and Tiny-ImageNet have
-throughout, they are those of the JAX files too. The published classes normalise their images; here `models.create` does, with
-the `mean` and `std` that it is given.
+padding are those of the PyTorch files (google-deepmind/deepmind-research), and of the JAX file, which has the wide ResNet; at
+odd sizes, where the PyTorch one fails, the wide ResNet is as in JAX. The published classes normalise their images; here
+`models.create` does, with the `mean` and `std` that it is given.
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from flax import linen as nn
 import jax
@@ -21,11 +22,11 @@ from jaxrd.models.wide_resnet import he_normal_fan_out
 Array = jax.Array
 
 
-def convolution(features: int, size: int, stride: int, dtype: jnp.dtype, name: str, kernel_init: Callable) -> nn.Conv:
-    """Returns a bias-free convolution: 3x3 pads by 1 on all sides with stride 1, on right and bottom with stride 2."""
-    padding = {(3, 1): (1, 1), (3, 2): (0, 1)}.get((size, stride), (0, 0))
+def convolution(
+        features: int, size: int, stride: int, dtype: jnp.dtype, name: str, kernel_init: Callable, padding="SAME") -> nn.Conv:
+    """Returns a bias-free convolution; "SAME" pads as TensorFlow does, to a side of n / stride, rounded up."""
     return nn.Conv(
-        features, (size, size), stride, (padding, padding), use_bias=False, kernel_init=kernel_init, dtype=dtype, name=name)
+        features, (size, size), stride, padding, use_bias=False, kernel_init=kernel_init, dtype=dtype, name=name)
 
 
 def normalised(x: Array, name: str, dtype: jnp.dtype, train: bool) -> Array:
@@ -102,12 +103,13 @@ class DeepMindPreActBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
+        padding = ((1, 1) if self.stride == 1 else (0, 1),) * 2
         out = normalised(x, "batchnorm_0", self.dtype, train)
-        out = convolution(self.features, 3, self.stride, self.dtype, "conv_2d_1", torch_uniform)(out)
+        out = convolution(self.features, 3, self.stride, self.dtype, "conv_2d_1", torch_uniform, padding)(out)
         out = normalised(out, "batchnorm_1", self.dtype, train)
         out = convolution(self.features, 3, 1, self.dtype, "conv_2d_2", torch_uniform)(out)
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = convolution(self.features, 3, self.stride, self.dtype, "shortcut", torch_uniform)(x)
+            x = convolution(self.features, 3, self.stride, self.dtype, "shortcut", torch_uniform, padding)(x)
         return x + out
 
 
@@ -120,6 +122,7 @@ class DeepMindPreActResNet(nn.Module):
       dtype: compute dtype of everything up to the pool; pool and linear layer are float32.
     """
 
+    smallest_side: ClassVar[int] = 8  # of an image: each stride of 2 halves a side, rounding down
     width: int
     classes: int
     dtype: jnp.dtype

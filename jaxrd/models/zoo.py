@@ -68,7 +68,7 @@ def create(
     "mobilenet_v2" (Sandler et al. 2018, the CIFAR layout of the distillation papers); "wrn{depth}_{width}" (Zagoruyko and
     Komodakis 2016, as in TRADES), depth 6n + 4; "dm_wrn{depth}_{width}" and "dm_preact_resnet18", those of DeepMind (Gowal et
     al. 2020) with SiLU; "_w{width}" after any of the 18 layers deep sets the channels of the first stage. These take any
-    image size: the last layer pools over all of it.
+    image size ("dm_preact_resnet18" from 8x8 on): the last layer pools over all of it.
 
     An identifier of RobustBench in `jaxrd.models.published`, such as "Wang2023Better_WRN-28-10" or, where that is not one
     model alone, "cifar100/Linf/Wang2023Better_WRN-28-10", stands for its architecture and, unless they are given, its mean
@@ -114,6 +114,10 @@ def create(
 @functools.lru_cache(maxsize=None)
 def _create(name, classes, image_shape, dtype, mean, std, sets) -> Model:
     module = architectures.module(name, classes, _DTYPES[dtype])
+    if min(image_shape[:2]) < (smallest := getattr(module, "smallest_side", 1)):
+        raise InputError(
+            f'model image_shape is {image_shape}, of which "{name}" would leave nothing; give sides of at least {smallest}, or '
+            "another model")
 
     # Compiled, because only then is the forward pass that discovers the parameter shapes not computed.
     @jax.jit

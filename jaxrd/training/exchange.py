@@ -47,6 +47,8 @@ def import_weights(
     data: str = "",
     examples: int = 1000,
     any_accuracy: bool = False,
+    norm: str = "",
+    epsilon: float | str | None = None,
     image_shape: Sequence[int] | None = None,
     classes: int | None = None,
     say: Callable[[str], None] = print,
@@ -63,6 +65,8 @@ def import_weights(
         classes, without a measurement.
       examples: how many of the test images are classified, from the first on; 0 for all.
       any_accuracy: accept an accuracy that is not the published one.
+      norm, epsilon: threat model that `launch.evaluate` will use, "linf" or "l2" and a number or "8/255"; by default the
+        published one, or else L-infinity 8/255.
       image_shape, classes: as for `models.weights.read`; by default those of `data`, where it is given.
       say: is given one line per finding.
       **options: see `models.weights.read`.
@@ -73,7 +77,11 @@ def import_weights(
     """
     workdir = pathlib.Path(workdir)
     _check_free(workdir)
-    dataset = None
+    dataset, threat = None, None
+    if norm or epsilon is not None:
+        if not norm or epsilon is None:
+            raise InputError(f'norm is "{norm}" and epsilon is {epsilon}; give both, such as linf and 8/255, or neither')
+        threat = Config.from_dict({"threat": {"norm": norm, "epsilon": epsilon}}).threat
     if data:
         section = DataConfig(name="arrays", arrays=data) if "," in data else DataConfig(name=data)
         dataset, _ = open_data(Config(data=section))
@@ -82,9 +90,8 @@ def import_weights(
     entry = found.published
     if not data:
         section = DataConfig(name=_data_of(found))
-    config = Config(
-        method=MethodConfig("pgd_at"), student=found.model.name, data=section,
-        threat=ThreatConfig(entry.norm, entry.epsilon) if entry else ThreatConfig())
+    config = Config(method=MethodConfig("pgd_at"), student=found.model.name, data=section, threat=threat or (
+        ThreatConfig(entry.norm, entry.epsilon) if entry else ThreatConfig()))
     for line in _findings(source, found):
         say(line)
     record = _record(source, found)

@@ -208,6 +208,28 @@ def test_teachers_may_follow_the_seed_where_nothing_else_differs(tmp_path, steps
     assert seeds_of_groups(tmp_path, lambda seed, config, _: config.update(teacher=str(teachers[seed]))) == expected
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_teachers_that_were_imported_are_told_apart_by_their_files(tmp_path, same):
+    teachers = [make_run(tmp_path / f"teacher{seed}", "pgd_at", 0, {"clean": 0.9}) for seed in range(2)]
+    for seed, teacher in enumerate(teachers):
+        digest = "0" if same else str(seed)
+        (teacher / "import.json").write_text(json.dumps({"name": "dm_wrn28_10", "file": {"name": "x.pt", "sha256": digest}}))
+    assert seeds_of_groups(
+        tmp_path, lambda seed, config, _: config.update(teacher=str(teachers[seed]))) == ([2] if same else [1, 1])
+
+
+def test_imported_weights_go_by_their_name_and_nobody_knows_what_they_were_trained_on(tmp_path):
+    run = make_run(tmp_path / "bdm", "pgd_at")
+    (run / "import.json").write_text(json.dumps({"name": "cifar10/Linf/Wang2023", "file": {"name": "x.pt"}}))
+    (row,) = report.summary([run])
+    assert row["method"] == "cifar10/Linf/Wang2023" and row["config"]["imported.file.name"] == "x.pt"
+    evaluated = make_run(tmp_path / "evaluated", "pgd_at", accuracy={"clean": 0.9})
+    evaluation = json.loads((evaluated / "evaluation.json").read_text())
+    evaluation["data"]["train_examples"] = None
+    (evaluated / "evaluation.json").write_text(json.dumps(evaluation))
+    assert report.summary([evaluated])[0]["train_examples"] == "-" and "| - |" in report.markdown_table([evaluated])
+
+
 def test_the_method_is_what_was_built_and_not_what_it_was_asked_for_as(tmp_path):
     workdir = make_run(tmp_path / "run", "ard", 0, {"clean": 0.9})
     evaluation = json.loads((workdir / "evaluation.json").read_text())

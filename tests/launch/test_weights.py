@@ -3,6 +3,8 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 from jaxrd.models import weights
 from jaxrd.models.weights import layouts, torch_file
-from tests.launch.commands import check_one_line, run_all
+from tests.launch.commands import ROOT, check_one_line, run_all
 
 IMPORT = "weights import --workdir=FILES/run --source=FILES/"
 
@@ -75,6 +77,9 @@ MISTAKES = {
     IMPORT + "good.pt --model=wrn10_1 --normalization=cifar": ['"cifar"', 'did you mean "cifar10"?'],
     IMPORT + "good.pt --model=wrn10_1 --data=FILES/data.npz,FILES/none.npz": ["none.npz", "no such file"],
     IMPORT + "good.pt --model=wrn10_1 --data=FILES/data.npz,FILES/data.npz": ["10 classes, not of 4"],
+    IMPORT + "good.pt --model=wrn10_1 --epsilon=8/255": ["give both", "linf and 8/255"],
+    IMPORT + "good.pt --model=wrn10_1 --norm=l1 --epsilon=8/255": ['"l1"', "linf"],
+    IMPORT + "good.pt --model=wrn10_1 --norm=linf --epsilon=8/0": ["epsilon", "8/0"],
     IMPORT + "good.pt --model=wrn10_1 --entry=ema": ['"ema"', "the file itself"],
     "weights import --workdir=FILES/taken --source=FILES/good.pt --model=wrn10_1": ["taken exists already"],
     "weights import --workdir=FILES/good.pt/run --source=FILES/good.pt --model=wrn10_1": ["cannot be written"],
@@ -111,7 +116,8 @@ def test_mistakes_leave_nothing_and_execute_nothing(mistakes, files):
 def test_from_a_file_to_an_evaluated_run_and_out_again(tiny_teacher, tiny_arrays, tmp_path):
     lines = [
         f"weights export --format=safetensors --workdir={tiny_teacher} --output={tmp_path}/t.safetensors --step=100",
-        f"weights import --source={tmp_path}/t.safetensors --workdir={tmp_path}/teacher --data={tiny_arrays} --examples=20",
+        f"weights import --source={tmp_path}/t.safetensors --workdir={tmp_path}/teacher --data={tiny_arrays} --examples=20 "
+        "--norm=linf --epsilon=1/10",
         f"evaluate --workdir={tmp_path}/teacher --attacks=clean,pgd20",
         f"weights export --format=torch --workdir={tmp_path}/teacher --output={tmp_path}/out/t.pt",
         f"weights export --format=stablehlo --workdir={tmp_path}/teacher --output={tmp_path}/out/t.stablehlo"]
@@ -122,10 +128,30 @@ def test_from_a_file_to_an_evaluated_run_and_out_again(tiny_teacher, tiny_arrays
     assert "equal bit for bit" in results[lines[3]][1] and "logits within" in results[lines[4]][1]
     evaluation = json.loads((tmp_path / "teacher" / "evaluation.json").read_text())
     assert evaluation["accuracy"]["clean"] > 0.5 and (tmp_path / "teacher" / "report.html").is_file()
+    assert evaluation["threat"] == {"norm": "linf", "epsilon": 0.1, "bounds": [0.0, 1.0]}
     assert "resnet6_w4" in results[lines[2]][1]
     state = {key: leaf.array() for key, leaf in torch_file.read(str(tmp_path / "out" / "t.pt")).items()}
     read = weights.read(tmp_path / "t.safetensors")
     np.testing.assert_array_equal(state["linear.weight"].T, read.variables["params"]["linear"]["kernel"])
+
+
+@pytest.mark.slow
+def test_a_wide_resnet_28_10_comes_in_within_a_gibibyte(tmp_path):
+    state = {entry.key: np.full(entry.torch_shape, 0.01, np.float32) for entry in layouts.entries("dm_wrn28_10", 10)}
+    torch_file.write(str(tmp_path / "x.pt"), state)
+    code = ("import atexit, resource, runpy, sys; "
+            "atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)); "
+            "runpy.run_module('launch.weights', run_name='__main__', alter_sys=True)")
+    arguments = f"import --model=cifar10/Linf/Wang2023Better_WRN-28-10 --source={tmp_path}/x.pt --workdir={tmp_path}/run"
+    command = [sys.executable, "-c", code, *arguments.split()]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
+    assert "36,479,194 parameters" in done.stdout
+    assert int(done.stdout.split()[-1]) < 2**20, "kilobytes of memory, at most"
+
+
+def test_pytorch_is_never_imported():
+    code = "import sys, jaxrd.training.exchange, launch.weights; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True).stdout == "False\n"
 
 
 def test_the_zoo_is_a_table_that_can_be_searched():

@@ -155,9 +155,11 @@ def test_input_gradients_in_float64_are_those_of_torch(name):
 
 @pytest.mark.parametrize("name", SMALL_SIZES)
 def test_logits_and_input_gradients_of_oblong_images_are_those_of_torch(name, monkeypatch):
-    images, variables = random_images(16, (16, 12, 3)), random_variables(name)
-    cotangent = np.random.default_rng(2).normal(size=(16, 10)).astype(np.float32)
-    model = models.create(name, classes=10, image_shape=(16, 12, 3))
+    # MobileNetV2 has so many ReLUs that in most images one of them is near its kink.
+    number, image_shape = (64, (8, 6, 3)) if name == "mobilenet_v2" else (16, (16, 12, 3))
+    images, variables = random_images(number, image_shape), random_variables(name)
+    cotangent = np.random.default_rng(2).normal(size=(number, 10)).astype(np.float32)
+    model = models.create(name, classes=10, image_shape=image_shape)
 
     @jax.jit
     def ours(images):
@@ -169,8 +171,8 @@ def test_logits_and_input_gradients_of_oblong_images_are_those_of_torch(name, mo
     expected_logits, expected = torch_gradients(loaded(name, variables, pool=None), images, cotangent)
     assert_near(logits, expected_logits)
     # Images of which a ReLU has an input within rounding of 0 may have another gradient.
-    clear = np.min([np.ones(16), *distances], axis=0) > 1e-5
-    assert clear.sum() >= 2, clear
+    clear = np.min([np.ones(number), *distances], axis=0) > 1e-5
+    assert clear.sum() >= 4, clear
     size = np.abs(expected).max()
     np.testing.assert_allclose(gradients[clear] / size, expected[clear] / size, rtol=0, atol=TOLERANCE)
 

@@ -188,7 +188,7 @@ def test_gradients_reach_every_parameter_and_the_image(name):
     ("DM-WRN-28-10", 'did you mean "dm_wrn28_10"'),
     ("dm_wrn29_10", 'did you mean "dm_wrn28_10"'),
     ("dm_wrn4_2", 'did you mean "dm_wrn10_2"'),
-    ("dm_resnet18", "dm_preact_resnet18, and"),
+    ("dm_resnet18", "dm_preact_resnet18, these three"),
     ("Wang2023Better_WRN-28-11", "Names: resnet18"),
     ("transformer", "Names: resnet18"),
     (None, "Names: resnet18"),
@@ -270,6 +270,23 @@ def test_a_bad_option_names_its_value(options, named):
     with pytest.raises(InputError) as error:
         models.create("resnet6_w8", **{"classes": 10, **options})
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (7, 13, 3), (30, 31, 1)])
+def test_deepminds_wide_resnet_takes_odd_sizes_too(shape):
+    model = models.create("dm_wrn10_1", classes=5, image_shape=shape)
+    logits, _ = model.apply(model.init(jax.random.key(0)), images(2, shape=shape), False)
+    assert logits.shape == (2, 5) and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name, smallest", [("dm_preact_resnet18_w4", 8)])
+def test_images_of_which_nothing_would_be_left_are_refused(name, smallest):
+    model = models.create(name, classes=5, image_shape=(smallest, smallest + 3, 1))
+    variables = model.init(jax.random.key(0))
+    assert np.isfinite(model.apply(variables, images(2, shape=model.image_shape), False)[0]).all()
+    with pytest.raises(InputError, match=f"at least {smallest}") as error:
+        models.create(name, classes=5, image_shape=(smallest + 3, smallest - 1, 1))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 16, 1), (4, 8, 8, 3), (8, 8, 1), (4, 1, 8, 8)])

@@ -172,7 +172,11 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int] | None:
     stems = [shapes[key] for key in ("conv1.weight", "init_conv.weight", "conv_2d.weight") if len(shapes.get(key, ())) == 4]
     channels = stems[0][1] if stems else 3
     expected = {entry.key: entry.torch_shape for entry in entries(name, heads[0], channels)}
-    return (name, heads[0]) if all(shapes.get(key) == shape for key, shape in expected.items()) else None
+    # A deeper network has more blocks; another head or a dead entry is not of the body.
+    more = [key for key in shapes if key not in expected and re.match(r"(layers?|block|layer_|bn|batchnorm)\d*\.", key)
+            and not key.endswith(COUNTER)]
+    fits = all(shapes.get(key) == shape for key, shape in expected.items()) and not more
+    return (name, heads[0]) if fits else None
 
 
 def _torch_key(kind: type, path: tuple[str, ...]) -> str:

@@ -339,8 +339,18 @@ def test_a_stranger_is_none(stranger):
 def test_a_missing_key_or_another_shape_makes_a_stranger(name):
     complete = shapes(name)
     for entry in layouts.entries(name, 10):
-        # Without the last BatchNorm's weight a PreActResNet would be one of the other flavour, and is still none.
-        assert layouts.identify({key: shape for key, shape in complete.items() if key != entry.key}) in (
-            None, ("preact_resnet18_raw_w4", 10) if entry.key == "bn.weight" else None)
+        assert layouts.identify({key: shape for key, shape in complete.items() if key != entry.key}) is None, entry.key
         other = (*entry.torch_shape[:-1], entry.torch_shape[-1] + 1)
         assert layouts.identify(complete | {entry.key: other}) is None, entry.key
+
+
+@pytest.mark.parametrize("name, block", [
+    ("preact_resnet18_w4", "layer2.2"), ("preact_resnet18_raw_w4", "layer4.2"), ("dm_preact_resnet18_w4", "layer_3.2"),
+    ("wrn10_2", "block2.layer.1"), ("dm_wrn10_2", "layer.2.block.1"), ("mobilenet_v2", "layers.17"),
+    ("resnet18_w4", "layer3.2")])
+def test_another_block_makes_a_stranger_and_another_head_does_not(name, block):
+    complete = shapes(name)
+    assert layouts.identify(complete | {f"{block}.conv1.weight": (4, 4, 3, 3)}) is None
+    others = {"fc_rotation.weight": (4, 64), "sub_block1.layer.0.conv1.weight": (4, 4, 3, 3), "mu": (1, 3, 1, 1),
+              "bn1.num_batches_tracked": ()}
+    assert layouts.identify(complete | others) == (name, 10)
