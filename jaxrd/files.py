@@ -1,13 +1,24 @@
-"""Files that a kill leaves either old or new, never half, and arrays read from .npz files of anybody's."""
+"""Files and directories that a kill leaves either old or new, never half, and arrays read from .npz files of anybody's."""
 
 import contextlib
+import glob
 import os
 import pathlib
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from typing import IO
 
 import numpy as np
+
+from jaxrd.errors import InputError
+
+_STARTED = time.time()
 
 
 @contextlib.contextmanager
@@ -37,3 +48,86 @@ def read_arrays(path: str | pathlib.Path, names: Iterable[str]) -> dict[str, np.
         opened.seek(0)
         with np.load(opened, allow_pickle=False) as file:
             return {name: file[name] for name in names}
+
+
+@contextlib.contextmanager
+def appearing(target: pathlib.Path, *, directory: bool = False) -> Iterator[pathlib.Path]:
+    """Yields a path beside `target`, which takes its name once the block has ended; where that fails nothing is left of it.
+
+    Args:
+      target: a file that does not exist, or a directory that does not or is empty; where it is a link, what that leads to.
+      directory: yield an empty directory, not the path of a file to be written.
+
+    Raises:
+      InputError: `target` cannot be written, or has come to exist meanwhile.
+    """
+    place = pathlib.Path(os.path.realpath(target))
+    prefix = f".{place.name}.unfinished-{socket.gethostname()}-"
+    workplace = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for left in place.parent.glob(f"{glob.escape(prefix)}*"):
+            if not _in_use(left, left.name.removeprefix(prefix).partition("-")[0]):
+                shutil.rmtree(left, ignore_errors=True)
+        with _termination_raised():
+            workplace = pathlib.Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place.parent))
+            temporary = workplace / place.name
+            if directory:
+                temporary.mkdir()
+            yield temporary
+            if directory:
+                os.replace(temporary, place)
+            else:
+                temporary.chmod(0o666 & ~_umask())  # safetensors' own files are their owner's alone
+                _name(temporary, place)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror or error}); choose another place") from None
+    finally:
+        if workplace:
+            shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _name(file: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames a file, where nothing has the name yet; file systems without links cannot tell."""
+    try:
+        os.link(file, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        os.replace(file, target)
+
+
+def _in_use(left: pathlib.Path, process: str) -> bool:
+    """Returns whether a process of this machine may still be writing there."""
+    try:
+        if int(process) == os.getpid():  # of an earlier process with this number, in a container that was started again
+            return left.stat().st_mtime >= _STARTED
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError, FileNotFoundError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Makes SIGTERM an exception, so that what is half-written is removed; in the main thread, the only one that may."""
+    def leave(number, _):
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _umask() -> int:
+    """Returns the rights that new files are made without; to read them is to set them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

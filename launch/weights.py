@@ -41,6 +41,8 @@ _ANY_ACCURACY = flags.DEFINE_bool("any_accuracy", False, "import: accept an accu
 _OUTPUT = flags.DEFINE_string("output", "", "export: the file to write.")
 _STEP = flags.DEFINE_string("step", "last", 'export: "last", "best" by validation PGD accuracy, or a step\'s number.')
 _BATCH_NORM_SET = flags.DEFINE_integer("batch_norm_set", 0, "export: which set, where the model has several.", lower_bound=0)
+_SUB_BLOCK1 = flags.DEFINE_bool(
+    "sub_block1", False, "export: with the entries that some classes of TRADES' wide ResNet register and never call.")
 
 
 def main(chosen: str) -> None:
@@ -63,7 +65,8 @@ def main(chosen: str) -> None:
     else:
         step = int(_STEP.value) if _STEP.value.isdigit() else _STEP.value
         exchange.export_weights(
-            _WORKDIR.value, _OUTPUT.value, _FORMAT.value, step=step, batch_norm_set=_BATCH_NORM_SET.value)
+            _WORKDIR.value, _OUTPUT.value, _FORMAT.value, step=step, batch_norm_set=_BATCH_NORM_SET.value,
+            sub_block1=_SUB_BLOCK1.value)
 
 
 def _normalization():

@@ -102,8 +102,11 @@ def _statement(groups, runs):
     if teachers:
         seen = _distinct(images_text(group) for group in teachers)
         who = escape(_listed(_distinct(f"{group['student']} ({group['method']})" for group in teachers)))
-        text.append(f"The teacher, {who}, was trained on {_listed(seen)} images and the students on "
-                    + (f"{_listed(own)}." if seen != own else "as many."))
+        if seen == ["-"]:
+            text.append(f"The teacher, {who}, was imported; the students were trained on {_listed(own)} images.")
+        else:
+            text.append(f"The teacher, {who}, was trained on {_listed(seen)} images and the students on "
+                        + (f"{_listed(own)}." if seen != own else "as many."))
     else:
         named = _distinct(teacher for group in students for teacher in group["teachers"])
         if named:

@@ -48,6 +48,8 @@ def module(name: str, classes: int, dtype: jnp.dtype = jnp.float32) -> nn.Module
     if name == "mobilenet_v2":
         return MobileNetV2(classes, dtype)
     if match := re.fullmatch(r"(dm_)?wrn([1-9]\d*)_([1-9]\d*)", str(name)):
+        if max(len(match[2]), len(match[3])) > 3:  # a file may name its own architecture
+            raise InputError(f'model name is "{name[:40]}"; depth and width of a wide ResNet are below 1000')
         depth, width = int(match[2]), int(match[3])
         if depth >= 10 and depth % 6 == 4:
             return (DeepMindWideResNet if match[1] else WideResNet)(depth, width, classes, dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxrd.errors import InputError
 from jaxrd.models.batch_norm_sets import replace_statistics, select_set
+from jaxrd.models.normalization import MOMENTUM
 from jaxrd.models.zoo import Model, Variables
 
 Array = jax.Array
@@ -69,7 +70,7 @@ def estimate_statistics(model: Model, variables: Variables, batches: Iterable[Ar
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _batch_statistics(model, batch_norm_set, variables, images):
-    # From zeros the moving average takes a tenth of the batch's statistics, and nothing of what was there.
+    # From zeros the moving average takes a fraction of the batch's statistics, and nothing of what was there.
     zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
     _, moved = model.apply(variables | {"batch_stats": zeros}, images, True, batch_norm_set)
-    return jax.tree.map(lambda leaf: leaf * 10, moved)
+    return jax.tree.map(lambda leaf: leaf / (1 - MOMENTUM), moved)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+MOMENTUM = 0.9  # what running statistics keep of themselves in a step; PyTorch's 0.1 is the rest
+
 
 def normalize_images(images: Array, mean: Sequence[float] | None, std: Sequence[float] | None) -> Array:
     """Returns (images - mean) / std per channel, or the images as they are where both are None.
@@ -42,4 +44,4 @@ def batch_norm(train: bool, dtype: jnp.dtype, name: str) -> nn.BatchNorm:
     """
     # The fast variance E[x^2] - E[x]^2 cancels catastrophically in float32: that of N(1e4, 1) comes out as 0 or 16.
     return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+        use_running_average=not train, momentum=MOMENTUM, epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)

@@ -5,17 +5,10 @@ checkpoint of step 0, and import.json, which says where the weights are from. It
 exported file, which has been read again and compared before it takes its name.
 """
 
-import contextlib
 import dataclasses
-import glob
 import hashlib
 import math
-import os
 import pathlib
-import shutil
-import signal
-import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,14 +22,16 @@ from jaxrd.config import Config, DataConfig, MethodConfig, ThreatConfig
 from jaxrd.data.source import DataSet
 from jaxrd.errors import InputError, choose
 from jaxrd.evaluation import robustness
+from jaxrd.files import appearing
 from jaxrd.models import weights
 from jaxrd.models.weights import safetensors_file, torch_file
+from jaxrd.models.weights.accounting import some
+from jaxrd.models.weights.unpickling import printable
 from jaxrd.training import checkpoint, parallel
 from jaxrd.training.log import write_json
 from jaxrd.training.loop import open_data
 
 EXPORT_FORMATS = ("torch", "safetensors", "stablehlo")
-_DATA = {10: "cifar10", 100: "cifar100", 200: "tiny_imagenet"}
 
 
 def import_weights(
@@ -97,7 +92,7 @@ def import_weights(
     record = _record(source, found)
     if dataset:
         record["clean_accuracy"] = _clean_accuracy(found, dataset, examples, any_accuracy, say)
-    with _appearing(workdir, directory=True) as directory:
+    with appearing(workdir, directory=True) as directory:
         write_json(directory / "config.json", config.to_dict())
         write_json(directory / "import.json", record)
         metadata = {
@@ -105,7 +100,8 @@ def import_weights(
             "imported": record, "counters": dict(found.accounts.counters), "jaxrd": jaxrd.__version__}
         checkpoint.save_variables(directory, found.variables, metadata)
     parameters = models.parameter_count(found.variables)
-    say(f"{workdir}: {found.model.name}, {found.model.classes} classes, {parameters:,} parameters; use it as "
+    size = "x".join(map(str, found.model.image_shape))
+    say(f"{workdir}: {found.model.name}, {found.model.classes} classes, images {size}, {parameters:,} parameters; use it as "
         f"--config.teacher={workdir}, or python -m launch.evaluate --workdir={workdir}")
     return found
 
@@ -117,6 +113,7 @@ def export_weights(
     *,
     step: str | int = "last",
     batch_norm_set: int = 0,
+    sub_block1: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Writes the weights of a run's checkpoint (its weight average, where it kept one) to a file, and reads it again.
@@ -127,6 +124,7 @@ def export_weights(
       format: "torch" (a state_dict), "safetensors" or "stablehlo": see `models.weights`.
       step: see `models.restore`.
       batch_norm_set: which one, where the model has several.
+      sub_block1: see `models.weights.state_dict`.
       say: is given one line per finding.
 
     Raises:
@@ -137,22 +135,23 @@ def export_weights(
     output = pathlib.Path(output)
     _check_output(output)
     model, variables, origin = checkpoint.restore_model(workdir, step)
+    model = models.create(**model.specification | {"dtype": "float32"})  # as it is evaluated
     if not 0 <= batch_norm_set < model.batch_norm_sets:
         raise InputError(f"batch_norm_set is {batch_norm_set}; {workdir} has {model.batch_norm_sets}, counted from 0")
-    with _appearing(output) as path:
+    with appearing(output) as path:
         if format == "stablehlo":
             path.write_bytes(weights.stablehlo(model, variables, batch_norm_set=batch_norm_set))
-            checked = _check_program(path, model, variables, batch_norm_set)
+            checked = _check_program(output, path, model, variables, batch_norm_set)
         else:
             state = weights.state_dict(
-                model, variables, batch_norm_set=batch_norm_set, counters=origin["counters"])
+                model, variables, batch_norm_set=batch_norm_set, counters=origin["counters"], sub_block1=sub_block1)
             if format == "torch":
                 weights.write_torch(path, state)
                 written = {key: leaf.array() for key, leaf in torch_file.read(str(path)).items()}
             else:
                 weights.write_safetensors(path, state, model)
                 written, _ = safetensors_file.read(str(path))
-            checked = _check_state(path, state, written)
+            checked = _check_state(output, state, written)
         size = path.stat().st_size
     say(f"{output}: {model.name}, {model.classes} classes, step {origin['step']} of {workdir}, {size / 2**20:,.1f} MiB; "
         f"{checked}")
@@ -160,77 +159,13 @@ def export_weights(
     if format == "stablehlo":
         say(f"images float32 [batch, {', '.join(map(str, model.image_shape))}] in [0, 1] -> logits; any batch size; "
             "run it with jax.export.deserialize(bytearray(data)).call(images)")
-    elif mean is None:
-        say("images in [0, 1] go in as they are: the network has no normalisation")
-    else:
+    elif mean is not None:
         say(f"the file holds no normalisation: the class must subtract mean {mean} and divide by std {std}")
-
-
-@contextlib.contextmanager
-def _appearing(target: pathlib.Path, *, directory: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a path beside `target`, which takes its name once the block has ended, and is removed where it has failed.
-
-    What a killed process of this machine has left there is removed too.
-    """
-    host = socket.gethostname()
-    prefix = f".{target.name}.unfinished-{host}-"
-    temporary = target.parent / f"{prefix}{os.getpid()}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-            if not _is_running(left.name.removeprefix(prefix)):
-                _remove(left)
-        if directory:
-            temporary.mkdir()
-        with _termination_raised():
-            yield temporary
-            if not directory:
-                temporary.chmod(0o666 & ~_umask())  # safetensors' own files are their owner's alone
-            os.replace(temporary, target)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written ({error.strerror or error}); choose another place") from None
-    finally:
-        _remove(temporary)
-
-
-@contextlib.contextmanager
-def _termination_raised() -> Iterator[None]:
-    """Makes SIGTERM an exception, so that what is half-written is removed; in the main thread, the only one that may."""
-    def leave(number, _):
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
-def _umask() -> int:
-    """Returns the rights that new files are made without; to read them is to set them."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    elif path.exists():
-        path.unlink()
+    elif model.name.startswith("dm_"):
+        say("the network takes images in [0, 1] as they are, its public class normalises them: construct it with "
+            "mean=(0, 0, 0), std=(1, 1, 1), and import the file with --normalization=none")
+    else:
+        say("images in [0, 1] go in as they are: the network has no normalisation")
 
 
 def _check_free(workdir: pathlib.Path) -> None:
@@ -264,22 +199,23 @@ def _data_of(found: weights.Imported) -> str:
         return found.published.dataset
     if found.model.image_shape == (8, 8, 1) and found.model.classes == 10:
         return "jaxrd_digits"
-    if found.model.classes not in _DATA:
+    if found.model.classes not in weights.DATA_SETS:
         raise InputError(
             f"--data is missing: nothing says which images of {found.model.classes} classes this model is of; give a prepared "
             "TFDS name or train.npz,test.npz, which launch.evaluate will read")
-    return _DATA[found.model.classes]
+    return weights.DATA_SETS[found.model.classes]
 
 
 def _findings(source, found: weights.Imported) -> Iterator[str]:
     """Yields what was read, one line per finding, every key accounted for."""
     accounts = found.accounts
-    where = f' of "{accounts.container}"' if accounts.container else ""
-    prefix = f', without their prefix "{accounts.prefix}"' if accounts.prefix else ""
+    where = f' of "{printable(accounts.container)}"' if accounts.container else ""
+    prefix = f', without their prefix "{printable(accounts.prefix)}"' if accounts.prefix else ""
     yield f"{source}: {len(accounts.arrays)} arrays{where}{prefix}: the weights of {found.name}"
     if accounts.others:
-        listed = ", ".join(f'"{other}"' for other in accounts.others)
-        yield f"the file has other weights of this architecture too, which --entry would take: {listed}"
+        yield f"the file has other weights of this architecture too, which --entry would take: {some(accounts.others, 5)}"
+    if accounts.partial:
+        yield f"passed over, because arrays are missing there, such as BatchNorm's statistics: {some(accounts.partial, 5)}"
     if found.dtypes:
         yield f"converted to float32 from {', '.join(found.dtypes)}"
     mean, std = (found.model.specification[name] for name in ("mean", "std"))
@@ -288,16 +224,13 @@ def _findings(source, found: weights.Imported) -> Iterator[str]:
     if accounts.counters:
         yield f"kept for export only: {len(accounts.counters)} counters of batches"
     if accounts.dead:
-        yield f"left out, because its class never calls them: {', '.join(_shortened(accounts.dead))}"
-    if accounts.unused:
-        yield f"left out, because the model has no use for them: {', '.join(_shortened(accounts.unused))}"
+        yield f"left out, because its class never calls them: {some(accounts.dead)}"
+    if accounts.unused or accounts.scalars:
+        yield f"left out, because the model has no use for them: {some(accounts.unused + accounts.scalars)}"
     if entry := found.published:
-        parts = [f"{value:.2f} % {name}" for name, value in (("clean", entry.clean), ("AutoAttack", entry.autoattack)) if value]
+        named = ("clean", entry.clean), ("AutoAttack", entry.autoattack)
+        parts = [f"{value:.2f} % {name}" for name, value in named if value is not None]
         yield f"published: {', '.join(parts) or 'no accuracy known'} ({entry.paper})"
-
-
-def _shortened(keys: Sequence[str]) -> list[str]:
-    return [*keys[:4], f"{len(keys) - 4} more"] if len(keys) > 5 else list(keys)
 
 
 def _record(source, found: weights.Imported) -> dict[str, Any]:
@@ -310,7 +243,8 @@ def _record(source, found: weights.Imported) -> dict[str, Any]:
         "jaxrd": jaxrd.__version__, "name": found.name, "kind": found.kind,
         "file": {"name": source.name, "bytes": source.stat().st_size, "sha256": digest},
         "container": accounts.container, "other_containers": list(accounts.others), "prefix": accounts.prefix,
-        "arrays": len(accounts.arrays), "dead": list(accounts.dead), "unused": list(accounts.unused),
+        "arrays": len(accounts.arrays), "counters": len(accounts.counters), "scalars": list(accounts.scalars),
+        "dead": list(accounts.dead), "unused": list(accounts.unused),
         "converted_from": list(found.dtypes), "normalization": found.normalization,
         "published": found.published and dataclasses.asdict(found.published)}
 
@@ -327,8 +261,8 @@ def _clean_accuracy(found, dataset: DataSet, examples: int, any_accuracy: bool, 
     say(f"clean accuracy {measured:.2f} % of {len(test):,} images of {test.name}")
     known = found.published and found.published.clean
     if known:
-        # On all images of the published split the same ones are wrong, but for rounding; a part of them is a sample.
-        whole = len(test) == len(dataset.test)
+        # On the 10,000 images of the published figure the same ones are wrong, but for rounding; fewer are a sample.
+        whole = len(test) == 10_000
         allowed = 0.2 if whole else 400 * math.sqrt(known / 100 * (1 - known / 100) / len(test)) + 0.2
         if abs(measured - known) > allowed and not any_accuracy:
             raise InputError(
@@ -340,18 +274,18 @@ def _clean_accuracy(found, dataset: DataSet, examples: int, any_accuracy: bool, 
     return {"data": test.name, "examples": len(test), "percent": measured}
 
 
-def _check_state(path, state: dict[str, np.ndarray], written: dict[str, np.ndarray]) -> str:
+def _check_state(output, state: dict[str, np.ndarray], written: dict[str, np.ndarray]) -> str:
     """Compares a file that was read again with what went into it, bit for bit; returns what to say about it."""
     for key in {**state, **written}:
         same = key in written and key in state and (
             written[key].dtype == state[key].dtype and written[key].tobytes() == state[key].tobytes()
             and written[key].shape == state[key].shape)
         if not same:
-            raise InputError(f"{path}: {key} is not what was written when read again; is the disk full or faulty?")
+            raise InputError(f"{output}: {key} is not what was written when read again; is the disk faulty? Nothing was kept")
     return f"{len(state)} entries, read again and equal bit for bit"
 
 
-def _check_program(path, model, variables, batch_norm_set) -> str:
+def _check_program(output, path, model, variables, batch_norm_set) -> str:
     """Runs a program that was read again beside the model, at two batch sizes; returns what to say about it."""
     program = jax.export.deserialize(bytearray(path.read_bytes()))
     largest = 0.0
@@ -362,7 +296,7 @@ def _check_program(path, model, variables, batch_norm_set) -> str:
         difference = float(np.max(np.abs(np.asarray(program.call(images)) - expected)))
         if not difference <= 1e-5 * max(1.0, float(np.max(np.abs(expected)))):
             raise InputError(
-                f"{path}: read again, the program's logits differ by {difference:g} from the model's; on this platform "
-                f"({jax.default_backend()}) it should not be used")
+                f"{output}: read again, the program's logits differ by {difference:g} from the model's on this platform "
+                f"({jax.default_backend()}); nothing was kept, export to torch or safetensors instead")
         largest = max(largest, difference)
     return f"read again, logits within {largest:.1g} of the model's"

@@ -4,15 +4,17 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
+import types
 
 import jax
 import jax.export
 import numpy as np
 import pytest
 
-from jaxrd import models
+from jaxrd import data, models
 from jaxrd.evaluation import evaluate
 from jaxrd.models import weights
 from jaxrd.models.weights import layouts, safetensors_file, torch_file
@@ -171,6 +173,82 @@ exchange.import_weights({str(there_and_back[0])!r}, {str(tmp_path / "run")!r}, "
     assert (everything(tmp_path) == []) == (number == signal.SIGTERM)
     exchange.import_weights(there_and_back[0], tmp_path / "run", "resnet6_w4", say=quiet, **DIGITS)
     assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_leftover_of_an_earlier_process_with_our_number_is_removed(there_and_back, tmp_path):
+    # As in a container that was started again: the same host name, the same process id.
+    left = tmp_path / f".run.unfinished-{socket.gethostname()}-{os.getpid()}-x"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    exchange.import_weights(there_and_back[0], tmp_path / "run", "resnet6_w4", say=quiet, **DIGITS)
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_what_appears_during_an_export_is_not_overwritten(tiny_teacher, tmp_path, monkeypatch):
+    def slow(path, state):
+        torch_file.write(str(path), state)
+        (tmp_path / "x.pt").write_text("mine")
+
+    monkeypatch.setattr(weights, "write_torch", slow)
+    assert_input_error(lambda: exchange.export_weights(tiny_teacher, tmp_path / "x.pt", "torch", say=quiet), "File exists")
+    assert everything(tmp_path) == ["x.pt"] and (tmp_path / "x.pt").read_text() == "mine"
+
+
+def test_a_link_to_an_empty_directory_is_filled(there_and_back, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+    exchange.import_weights(there_and_back[0], tmp_path / "run", "resnet6_w4", say=quiet, **DIGITS)
+    assert (tmp_path / "run").is_symlink() and (tmp_path / "elsewhere" / "config.json").is_file()
+
+
+def test_exported_files_have_the_rights_of_other_new_files(tiny_teacher, tmp_path):
+    (tmp_path / "usual").touch()
+    for name in exchange.EXPORT_FORMATS:
+        exchange.export_weights(tiny_teacher, tmp_path / name, name, say=quiet)
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_student_of_bfloat16_is_exported_as_it_is_evaluated(tmp_path, tiny_config):
+    model = models.create("resnet6_w4", classes=10, image_shape=(8, 8, 1), dtype="bfloat16")
+    variables = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
+    checkpoint.save_variables(tmp_path / "run", variables, {
+        "config": tiny_config().to_dict(), "model": dict(model.specification), "teacher_step": None})
+    exchange.export_weights(tmp_path / "run", tmp_path / "x", "stablehlo", say=quiet)
+    program = jax.export.deserialize(bytearray((tmp_path / "x").read_bytes()))
+    images = np.random.default_rng(0).uniform(size=(5, 8, 8, 1)).astype(np.float32)
+    exact = models.create("resnet6_w4", classes=10, image_shape=(8, 8, 1))
+    np.testing.assert_allclose(program.call(images), exact.apply(variables, images, False)[0], rtol=0, atol=1e-5)
+
+
+def test_a_network_without_the_normalisation_of_its_class_says_so(tmp_path, tiny_config):
+    lines = []
+    for name, mean in (("dm_wrn10_1", None), ("wrn10_1", None), ("dm_wrn10_1", (0.1, 0.2, 0.3))):
+        model = models.create(name, classes=10, mean=mean, std=mean)
+        checkpoint.save_variables(tmp_path / f"run{len(lines)}", jax.tree.map(np.asarray, model.init(jax.random.key(0))), {
+            "config": tiny_config().to_dict(), "model": dict(model.specification), "teacher_step": None})
+        exchange.export_weights(tmp_path / f"run{len(lines)}", tmp_path / f"{len(lines)}.pt", "torch", say=lines.append)
+    assert "mean=(0, 0, 0), std=(1, 1, 1)" in lines[1] and "--normalization=none" in lines[1]
+    assert "as they are" in lines[3] and "subtract mean (0.1, 0.2, 0.3)" in lines[5]
+
+
+def test_a_part_of_the_test_images_is_a_sample(tmp_path, monkeypatch):
+    """93.1 % of 1,000 images do not contradict 92.44 % of 10,000, and 91 % of all 10,000 do."""
+    images, measured = np.zeros((10_000, 1, 1, 3), np.uint8), 0.0
+    found = types.SimpleNamespace(published=types.SimpleNamespace(clean=92.44), name="x", model=None, variables=None)
+    monkeypatch.setattr(exchange.robustness, "run_attack", lambda *_, **__: types.SimpleNamespace(accuracy=measured))
+
+    def check(count, examples):
+        source = data.from_arrays(images[:count], np.arange(count) % 10)
+        dataset = types.SimpleNamespace(test=source)
+        return exchange._clean_accuracy(found, dataset, examples, False, quiet)["examples"]
+
+    measured = 0.931
+    assert check(1000, 1000) == check(1000, 0) == check(10_000, 1000) == 1000
+    assert_input_error(lambda: check(10_000, 0), "93.10 %", "92.44 %", "0.20 away")
+    measured = 0.85
+    assert_input_error(lambda: check(1000, 0), "85.00 %", "3.5")
+    measured = 0.9250
+    assert check(10_000, 0) == 10_000
 
 
 def test_what_is_there_is_never_overwritten(there_and_back, tiny_teacher, tmp_path):

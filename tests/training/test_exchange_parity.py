@@ -39,10 +39,16 @@ def test_a_checkpoint_comes_back_to_torch_bit_for_bit(module, tmp_path, legacy, 
     expected = {key: value for key, value in module.state_dict().items() if not key.startswith("sub_block1.")}
     assert list(state) == list(expected)
     assert all(state[key].dtype == expected[key].dtype and torch.equal(state[key], expected[key]) for key in expected)
+    exchange.export_weights(tmp_path / "run", tmp_path / "dead.pt", "torch", sub_block1=True, say=lambda _: None)
+    whole = torch_modules.WideResNet(depth=10, width=1, classes=10, sub_block1=True)
+    with_dead = torch.load(tmp_path / "dead.pt", weights_only=True)
+    assert list(with_dead) == list(whole.state_dict())
+    whole.load_state_dict(with_dead, strict=True)
     alone = torch_modules.WideResNet(depth=10, width=1, classes=10)
     alone.load_state_dict(state, strict=True)
     logits_fn = models.logits_fn(*models.restore(tmp_path / "run"))
     with torch.no_grad():
         reference = module(points)
         assert torch.equal(alone.eval()(points), reference), "the dead block changes nothing"
+        assert torch.equal(whole.eval()(points), reference)
     np.testing.assert_allclose(logits_fn(images), reference.numpy(), rtol=0, atol=1e-4)

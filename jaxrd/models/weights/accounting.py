@@ -2,14 +2,16 @@
 
 import collections
 import dataclasses
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxrd.errors import InputError
 from jaxrd.models.weights import layouts
+from jaxrd.models.weights.unpickling import printable
 
 # Names of dictionaries in checkpoints, the one that is taken first in front: averaged weights are what their authors evaluate,
 # and "last" goes before "best", as RobustBench takes them.
@@ -18,6 +20,7 @@ _PREFERENCE = (
     r"(.*\.)?(model|net|network|student)", r"(.*\.)?last", r".*")
 _NOT_AVERAGED = r"(.*[._])?(unaveraged|best)([._].*)?"
 # Averaging counts of torch.optim.swa_utils; entries that TRADES' class registers and never calls.
+_MOST_IN_A_LIST, _MOST_CHANNELS = 100, 4
 _COUNTERS, _DEAD = (layouts.COUNTER, "n_averaged"), r"sub_block1\..*"
 _MEANS, _STDS = ("mean", "mu"), ("std", "sigma")
 
@@ -29,9 +32,11 @@ class Accounts:
     Attributes:
       arrays: {key of the model's layout: leaf of the file}, a leaf having `shape`, `dtype` and perhaps `array()`.
       container: dotted name of the dictionary that they were in; "" where it is the file itself.
-      others: names of further dictionaries in the file that hold weights of the same architecture.
+      others: names of further dictionaries in the file that hold all weights of the same architecture.
+      partial: names of dictionaries that hold half of them or more, such as an average without BatchNorm's statistics.
       prefix: what stood before every key.
       counters: BatchNorm's num_batches_tracked, by key.
+      scalars: keys of other single numbers, such as the decay of an average.
       dead: keys of weights that the public class never calls.
       normalization: (mean, std) of the images, where the file has them.
       unused: every other key.
@@ -40,8 +45,10 @@ class Accounts:
     arrays: Mapping[str, Any]
     container: str = ""
     others: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
     prefix: str = ""
     counters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    scalars: tuple[str, ...] = ()
     dead: tuple[str, ...] = ()
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     unused: tuple[str, ...] = ()
@@ -67,7 +74,8 @@ def account(source: str, content: Any, keys: list[str], container: str | None = 
         raise InputError(f"{source}: no tensors in it ({_describe(content)}); give a file of weights, such as a state_dict")
     if container is not None:
         if container not in found:
-            raise InputError(f'{source}: no dictionary "{container}" with tensors in it; there are: {_listed(found)}')
+            raise InputError(
+                f'{source}: no dictionary "{printable(container)}" with tensors in it; there are: {_listed(found)}')
         return _of(found[container], keys, container)
     accounts = {name: _of(state, keys, name) for name, state in found.items()}
     complete = [name for name in found if len(accounts[name].arrays) == len(keys)]
@@ -76,7 +84,9 @@ def account(source: str, content: Any, keys: list[str], container: str | None = 
     # A deeper network has every key of a shallower one, and others besides.
     exact = [name for name in complete if not accounts[name].unused] or complete
     best = min(exact, key=_rank)
-    return dataclasses.replace(accounts[best], others=tuple(name for name in exact if name != best))
+    return dataclasses.replace(
+        accounts[best], others=tuple(name for name in complete if name != best),
+        partial=tuple(name for name in found if name not in complete and 2 * len(accounts[name].arrays) >= len(keys)))
 
 
 def contents(content: Any) -> dict[str, tuple[int, ...]]:
@@ -91,6 +101,8 @@ def contents(content: Any) -> dict[str, tuple[int, ...]]:
 
 def _dictionaries(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (dotted name, {key: leaf}) of every dictionary that holds tensors itself."""
+    if isinstance(content, (list, tuple)):
+        content = {str(index): value for index, value in enumerate(content[:_MOST_IN_A_LIST])}
     if not isinstance(content, Mapping):
         return
     state = {key: value for key, value in content.items() if isinstance(key, str) and hasattr(value, "shape")}
@@ -105,20 +117,20 @@ def _dictionaries(content: Any, name: str = "", depth: int = 0) -> Iterator[tupl
 def _of(state: Mapping[str, Any], keys: list[str], container: str) -> Accounts:
     wanted = set(keys)
     prefix = _prefix(state, keys)
-    arrays, counters, dead, means, stds, unused = {}, {}, [], {}, {}, []
+    arrays, counters, scalars, dead, means, stds, unused = {}, {}, [], [], {}, {}, []
     for key, leaf in state.items():
         name = key.removeprefix(prefix)
         last = name.rpartition(".")[2]
         if key.startswith(prefix) and name in wanted:
             arrays[name] = leaf
-        elif last in _COUNTERS:
+        elif last in _COUNTERS and not leaf.shape and np.dtype(leaf.dtype).kind in "iu":
             counters[name] = leaf
+        elif not leaf.shape:
+            scalars.append(key)
         elif re.fullmatch(_DEAD, name):
             dead.append(key)
-        elif last in _MEANS:
-            means[key] = leaf
-        elif last in _STDS:
-            stds[key] = leaf
+        elif last in (*_MEANS, *_STDS) and math.prod(leaf.shape) <= _MOST_CHANNELS:
+            (means if last in _MEANS else stds)[key] = leaf
         else:
             unused.append(key)
     normalization = None
@@ -130,7 +142,7 @@ def _of(state: Mapping[str, Any], keys: list[str], container: str) -> Accounts:
         unused += [*means, *stds]
     return Accounts(
         arrays={key: arrays[key] for key in keys if key in arrays}, container=container, prefix=prefix,
-        counters={key: int(read(leaf)) for key, leaf in counters.items() if not leaf.shape},
+        counters={key: int(read(leaf)) for key, leaf in counters.items()}, scalars=tuple(scalars),
         dead=tuple(dead), normalization=normalization, unused=tuple(unused))
 
 
@@ -159,10 +171,16 @@ def _rank(name: str) -> tuple[int, int, str]:
 
 
 def _listed(names) -> str:
-    return ", ".join(f'"{name}"' if name else 'the file itself (--entry="")' for name in names)
+    return ", ".join(f'"{printable(name)}"' if name else 'the file itself (--entry="")' for name in list(names)[:8])
+
+
+def some(keys: Sequence[str], most: int = 3) -> str:
+    """Returns the first keys of a file, fit for one line, and how many more there are."""
+    shown = ", ".join(printable(key) for key in keys[:most])
+    return shown + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def _describe(content: Any) -> str:
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
-    return f"a dictionary with {len(content)} keys: {', '.join(map(repr, list(content)[:6]))}" if content else "an empty one"
+    return f"a dictionary of {some([str(key) for key in content], 6)}" if content else "an empty dictionary"

@@ -20,7 +20,7 @@ def read(path: str | os.PathLike) -> tuple[dict, dict]:
     """Returns (params, state) of a Haiku model, as nested dictionaries of NumPy arrays.
 
     Args:
-      path: an .npy file of the pair, or a bare pickle of it. Dictionaries may be Haiku's own mappings, arrays may be JAX's.
+      path: an .npy file of the pair. Dictionaries may be Haiku's own mappings, arrays may be JAX's.
 
     Raises:
       InputError: the file cannot be read, is damaged, holds something else, or its pickle asks for more than that.
@@ -30,14 +30,15 @@ def read(path: str | os.PathLike) -> tuple[dict, dict]:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
         if not mapped:
             raise Damaged("it is empty")
-        if mapped[:6] == np.lib.format.MAGIC_PREFIX and header(mapped)[1] != np.dtype(object):
+        if header(mapped)[1] != np.dtype(object):
             raise InputError(f"{path}: it holds a plain array, not the parameters and the state of a Haiku model; {_WAY_OUT}")
         content = unpickling.load(mapped, path, _TABLE, _WAY_OUT)
         if isinstance(content, list) and len(content) == 1:  # an array without dimensions around the pair
             content = content[0]
         if not isinstance(content, (list, tuple)) or len(content) != 2 or not all(isinstance(part, dict) for part in content):
             raise InputError(f"{path}: its pickle holds a {_described(content)}, not a pair of dictionaries; {_WAY_OUT}")
-        return tuple(_arrays(path, part, ()) for part in content)
+        arrays: dict[int, np.ndarray] = {}
+        return tuple(_arrays(path, part, (), arrays) for part in content)
 
 
 def header(file) -> tuple[tuple[int, ...], np.dtype]:
@@ -60,15 +61,17 @@ def _described(content) -> str:
     return f"{kind} of {len(content)}" if isinstance(content, (list, tuple)) else kind
 
 
-def _arrays(path, value, keys: tuple[str, ...]) -> dict | np.ndarray:
-    """Returns nested dictionaries with each leaf as an array."""
+def _arrays(path, value, keys: tuple[str, ...], arrays: dict[int, np.ndarray]) -> dict | np.ndarray:
+    """Returns nested dictionaries with each leaf as an array; `arrays` has those that were made, by the id of their tensor."""
     where = unpickling.printable(" ".join(keys)) or "its outermost dictionary"
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise InputError(f"{path}: {where} has keys that are no strings; {_WAY_OUT}")
-        return {key: _arrays(path, item, (*keys, key)) for key, item in value.items()}
+        return {key: _arrays(path, item, (*keys, key), arrays) for key, item in value.items()}
     if isinstance(value, Tensor):
-        return value.array()
+        if id(value) not in arrays:
+            arrays[id(value)] = value.array()
+        return arrays[id(value)]
     if isinstance(value, (bool, int, float, complex)):
         return np.asarray(value)
     raise InputError(f"{path}: {where} is a {type(value).__name__} rather than an array; {_WAY_OUT}")

@@ -10,6 +10,7 @@ from typing import Any
 
 # A checkpoint with its optimizer's state takes some 100,000 opcodes; a file that needs more than this is an attack.
 _MOST_OPCODES = 20_000_000
+_MOST_COPIED = 20_000_000  # elements that stand-ins have copied: each copy costs a file only a few bytes
 
 
 class Damaged(Exception):
@@ -57,6 +58,7 @@ class Machine:
         self.stack: list = []
         self.outer: list[list] = []  # the stacks below the marks
         self.memo: dict[int, Any] = {}
+        self.copied = 0
 
     def run(self, file) -> Any:
         """Returns the object on top of the stack when the pickle stops."""
@@ -65,7 +67,7 @@ class Machine:
                 raise Damaged(f"its pickle has more than {_MOST_OPCODES} instructions")
             name = opcode.name
             if name in _LITERALS:
-                self.push(argument)
+                self.push(bytes(argument) if isinstance(argument, bytearray) else argument)
             elif name in _CONSTANTS:
                 self.push(_CONSTANTS[name])
             elif name not in _IGNORED:
@@ -97,7 +99,12 @@ class Machine:
             return self.instances[-1]
         if not isinstance(function, StandIn) or function.call is None or not isinstance(arguments, tuple):
             raise Damaged("its pickle calls what is no function")
-        return function.call(*arguments)
+        made = function.call(*arguments)
+        if isinstance(made, (str, bytes, list, tuple, dict)):
+            self.copied += len(made)
+            if self.copied > _MOST_COPIED:
+                raise Damaged(f"its pickle copies more than {_MOST_COPIED} elements")
+        return made
 
     def append(self, target, items) -> None:
         """Appends to a list."""

@@ -13,7 +13,7 @@ from jaxrd.errors import InputError, choose
 from jaxrd.models import architectures, published, zoo
 from jaxrd.models.deepmind import DeepMindPreActResNet, DeepMindWideResNet
 from jaxrd.models.weights import haiku_file, layouts, recognition, safetensors_file, torch_file
-from jaxrd.models.weights.accounting import Accounts, account, contents
+from jaxrd.models.weights.accounting import Accounts, account, contents, some
 from jaxrd.models.weights.accounting import read as values_of
 
 # What --format takes -> what `recognition.kind` may find.
@@ -30,7 +30,8 @@ NORMALIZATIONS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
 }
-_BY_CLASSES = {10: "cifar10", 100: "cifar100", 200: "tiny_imagenet"}
+# Classes -> the data set that a model without a name is of.
+DATA_SETS = {10: "cifar10", 100: "cifar100", 200: "tiny_imagenet"}
 SPECIFICATION = "jaxrd_model"  # key of the metadata in which `writing` leaves the model's specification
 
 
@@ -80,7 +81,7 @@ def read(
         safetensors file that jaxrd has written, which names its own.
       format: "robustbench" or "torch", "safetensors" or "haiku"; "": what the file turns out to be.
       classes: what the last layer must have; None: what it has.
-      image_shape: (height, width, channels); None: (32, 32) and the channels of the first layer.
+      image_shape: (height, width, channels); None: 32x32, or 64x64 for 200 classes, and the channels of the first layer.
       normalization: a key of `NORMALIZATIONS`, or (mean, std); "": that of the published model, or of the file, or, for the
         DeepMind family, whose public classes have one, that of the data set with as many classes.
       container: which dictionary of a checkpoint to take; None: see `accounting.account`.
@@ -101,19 +102,18 @@ def read(
     if format and kind not in FORMATS[format]:
         right = next(known for known, kinds in FORMATS.items() if kind in kinds)
         raise InputError(f"{file} is {_KINDS[kind]}, not what format {format} names; give --format={right}")
-    content, metadata = _content(file, kind)
+    content, metadata = _content(file, kind, named=bool(name))
     entry = None
     if not name:
         if not metadata:
             raise InputError(f"{file}: the architecture is missing, and this file does not name it; give it: --model")
-        name, specification = metadata["name"], metadata
-    else:
-        specification = {}
-        if not architectures.is_architecture(name):
-            entry = published.find(name, classes=classes)
+        name = metadata["name"]
+    elif not architectures.is_architecture(name):
+        entry = published.find(name, classes=classes)
     architecture = entry.model if entry else name
     architectures.module(architecture, 2)  # where there is no such name, its own line says so
-    expected_classes = classes or (entry.classes if entry else None) or specification.get("classes")
+    specification = metadata if metadata.get("name") == architecture else {}
+    expected_classes = classes or (entry.classes if entry else None)
     if entry and image_shape is not None and tuple(image_shape) != (32, 32, 3):
         raise InputError(
             f"{entry.identifier} is published for images of 32x32x3, not {'x'.join(map(str, image_shape))}; "
@@ -122,7 +122,8 @@ def read(
     accounts, state, layout, dtypes = _weights(
         file, kind, content, architecture, expected_classes, container, allow_unused)
     found_classes, channels = layout[-1].shape[0], layout[0].shape[2]
-    shape = tuple(image_shape or specification.get("image_shape") or (32, 32, channels))
+    side = 64 if found_classes == 200 else 32  # Tiny-ImageNet's, or CIFAR's
+    shape = tuple(image_shape or specification.get("image_shape") or (side, side, channels))
     if len(shape) == 3 and shape[2] != channels:
         raise InputError(
             f"{file}: its first layer takes images of {channels} channels, not {shape[2]}; give --image_shape=H,W,{channels}")
@@ -135,11 +136,11 @@ def read(
         model, variables, entry.identifier if entry else name, entry, kind, accounts, dtypes, origin)
 
 
-def _content(file: str, kind: str) -> tuple[Any, dict]:
+def _content(file: str, kind: str, named: bool) -> tuple[Any, dict]:
     """Returns what a file holds, and the model's specification where jaxrd left one."""
     if kind == "safetensors":
         arrays, metadata = safetensors_file.read(file)
-        return arrays, _specification(file, metadata)
+        return arrays, _specification(file, metadata, named)
     if kind == "haiku":
         return {f"{module}:{leaf}": array for (module, leaf), array in _haiku_arrays(file).items()}, {}
     return torch_file.read(file), {}
@@ -157,14 +158,21 @@ def _haiku_arrays(file: str) -> dict[tuple[str, str], np.ndarray]:
     return arrays
 
 
-def _specification(file: str, metadata: Mapping[str, str]) -> dict:
-    """Returns the model's specification that `writing.write_safetensors` has left in the metadata, or {}."""
+def _specification(file: str, metadata: Mapping[str, str], named: bool) -> dict:
+    """Returns the model's specification that `writing.write_safetensors` has left in the metadata, or {}.
+
+    Raises:
+      InputError: it is damaged, and nobody has named the model.
+    """
     if SPECIFICATION not in metadata:
         return {}
     try:
         specification = json.loads(metadata[SPECIFICATION])
-        return {field: specification[field] for field in ("name", "classes", "image_shape", "mean", "std")}
-    except (ValueError, KeyError, TypeError):
+        model = zoo.create(**{name: specification[name] for name in ("name", "classes", "image_shape", "mean", "std")})
+        return dict(model.specification)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        if named:
+            return {}
         raise InputError(f"{file}: its metadata {SPECIFICATION} is damaged; name the architecture: --model") from None
 
 
@@ -188,9 +196,9 @@ def _weights(file, kind, content, architecture, classes, container, allow_unused
     accounts = account(file, content, [key_of(entry) for entry in layout], container)
     missing = [key for key in map(key_of, layout) if key not in accounts.arrays]
     if missing:
-        unused = f", while it has {_some(accounts.unused)}" if accounts.unused else ""
+        unused = f", while it has {some(accounts.unused)}" if accounts.unused else ""
         raise says(
-            f"{len(missing)} of {len(layout)} arrays are missing, {_some(missing)}{unused}; name its architecture: --model")
+            f"{len(missing)} of {len(layout)} arrays are missing, {some(missing)}{unused}; name its architecture: --model")
     head, stem = layout[-1], layout[0]
     found_classes = accounts.arrays[key_of(head)].shape[0] if len(accounts.arrays[key_of(head)].shape) == 1 else 0
     stem_shape = accounts.arrays[key_of(stem)].shape
@@ -214,13 +222,13 @@ def _weights(file, kind, content, architecture, classes, container, allow_unused
             key for key in accounts.unused if not re.fullmatch(r".*(mean|var)_ema:(hidden|counter)", key)))
     if accounts.unused and not allow_unused:
         raise says(
-            f"{architecture} has no use for its {_some(accounts.unused)}; name its architecture, or leave them: --allow_unused")
+            f"{architecture} has no use for its {some(accounts.unused)}; name its architecture, or leave them: --allow_unused")
     dtypes = {key: np.dtype(leaf.dtype) for key, leaf in accounts.arrays.items()}
     for key, dtype in dtypes.items():
         if dtype.kind != "f" and dtype.name != "bfloat16":
             raise InputError(f"{file}: {key} is {dtype.name}, not floating-point numbers; give a file of unquantised weights")
-    state = {haiku_or_torch: values_of(accounts.arrays[key_of(entry)]) for entry in layout
-             for haiku_or_torch in [layouts.haiku_name(entry) if kind == "haiku" else entry.key]}
+    name_of = layouts.haiku_name if kind == "haiku" else lambda entry: entry.key
+    state = {name_of(entry): values_of(accounts.arrays[key_of(entry)]) for entry in layout}
     return accounts, state, layout, tuple(sorted({dtype.name for dtype in dtypes.values()} - {"float32"}))
 
 
@@ -236,25 +244,28 @@ def _normalization(file, asked, accounts, entry, specification, architecture, cl
     if asked:
         choose("normalization", asked, NORMALIZATIONS)
         return NORMALIZATIONS[asked], f"{asked}, as asked for"
-    inside = accounts.normalization
     known = (entry.mean, entry.std) if entry and entry.mean is not None else None
+    inside = (specification["mean"], specification["std"]) if specification else accounts.normalization
+    if specification and inside[0] is None:
+        if known is not None:
+            raise InputError(
+                f"{file} says that its model has no normalisation, {entry.identifier} is published with {known}; "
+                "say which: --normalization=none, a data set, or MEAN,MEAN,MEAN,STD,STD,STD")
+        return None, "none, as the file's metadata say"
     if inside is not None:
         if entry and (known is None or not np.allclose(inside, known, rtol=0, atol=1e-3)):
             raise InputError(
                 f"{file} normalises by mean and std {inside}, {entry.identifier} is published with {known}; "
                 "say which: --normalization=none, a data set, or MEAN,MEAN,MEAN,STD,STD,STD")
-        return inside, "mean and std in the file"
+        return inside, "that in the file's metadata" if specification else "mean and std in the file"
     if entry:
         return known, f"that of {entry.identifier}"
-    if specification:
-        statistics = specification["mean"], specification["std"]
-        return None if statistics[0] is None else statistics, "that in the file's metadata"
     if isinstance(architectures.module(architecture, 2), DeepMindWideResNet | DeepMindPreActResNet):
-        if classes not in _BY_CLASSES:
+        if classes not in DATA_SETS:
             raise InputError(
                 f"{file}: the public classes of {architecture} normalise their images, and for {classes} classes nothing says "
                 "how; give --normalization=none, a data set, or MEAN,MEAN,MEAN,STD,STD,STD")
-        name = _BY_CLASSES[classes]
+        name = DATA_SETS[classes]
         return NORMALIZATIONS[name], f"{name}, as the public class of {architecture} has for {classes} classes"
     return None, "none, as for most models of this architecture"
 
@@ -265,7 +276,3 @@ def _check_finite(file: str, variables: Mapping, path: str = "") -> None:
             _check_finite(file, value, f"{path}{name}.")
         elif not np.isfinite(value).all():
             raise InputError(f"{file}: {path}{name} holds values that are not finite; its training diverged, take another file")
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -66,7 +66,7 @@ def _zip(path) -> str:
         raise InputError(
             f"{path}: truncated: it begins like a zip archive, as torch.save makes, but its end is missing; download it again"
         ) from None
-    roots = [name.removesuffix("data.pkl") for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
+    roots = [name.removesuffix("data.pkl") for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)][:2]
     if any(root + "constants.pkl" in names or any(name.startswith(root + "code/") for name in names) for root in roots):
         raise InputError(
             f"{path}: a TorchScript program (torch.jit.save); save its state_dict() with torch.save and give that file")

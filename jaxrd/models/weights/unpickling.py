@@ -63,6 +63,8 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}; give a file that you can read") from None
+    except MemoryError:
+        raise InputError(f"{path}: it needs more memory than there is; read it on a larger machine") from None
     except Damaged as error:
         raise InputError(f"{path}: damaged: {printable(str(error))}; download or save it again") from None
     except Exception as error:  # a pickle or an archive of random bytes can end in any of them
@@ -140,8 +142,6 @@ class _Plain:
             return {key: self.plain(item, depth + 1) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)([self.plain(item, depth + 1) for item in value])
-        if isinstance(value, bytearray):
-            return bytes(value)
         if isinstance(value, StandIn):
             return value.name
         if isinstance(value, Array):
@@ -197,8 +197,8 @@ class Array(Buildable):
 
 def checked_shape(shape, itemsize: int) -> tuple[int, ...]:
     """Returns a shape from a file; raises Damaged unless an array of it can exist."""
-    if not isinstance(shape, (tuple, list)) or not all(type(size) is int and size >= 0 for size in shape):
-        raise Damaged("a tensor's shape is not made of whole numbers of at least 0")
+    if not isinstance(shape, (tuple, list)) or not all(type(size) is int and 0 <= size <= sys.maxsize for size in shape):
+        raise Damaged("a tensor's shape is not made of whole numbers of at least 0 that an array can have")
     # NumPy counts the elements without the empty dimensions.
     if len(shape) > _MOST_DIMENSIONS or math.prod(size for size in shape if size) > sys.maxsize // itemsize:
         raise Damaged(f"a tensor has {len(shape)} dimensions and claims more elements than can exist")
@@ -216,7 +216,7 @@ def _array(data, dtype, shape, order: str) -> Tensor | list:
         return data
     if isinstance(data, str):  # the bytes of Python 2
         data = data.encode("latin1")
-    if not isinstance(data, (bytes, bytearray)) or len(data) != count * dtype.itemsize:
+    if not isinstance(data, bytes) or len(data) != count * dtype.itemsize:
         raise Damaged("its pickle has an array with too few or too many bytes")
     native = dtype.newbyteorder("=")
 

@@ -8,6 +8,7 @@ import jax.export  # not part of `import jax`
 import jax.numpy as jnp
 
 import jaxrd
+from jaxrd.errors import InputError
 from jaxrd.models.batch_norm_sets import select_set
 from jaxrd.models.weights import layouts, safetensors_file, torch_file
 from jaxrd.models.weights.reading import SPECIFICATION
@@ -16,7 +17,9 @@ from jaxrd.models.zoo import Model
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-def state_dict(model: Model, variables: dict, *, batch_norm_set: int = 0, counters: dict[str, int] | None = None) -> dict:
+def state_dict(
+        model: Model, variables: dict, *, batch_norm_set: int = 0, counters: dict[str, int] | None = None,
+        sub_block1: bool = False) -> dict:
     """Returns {key: NumPy array} as the public PyTorch class of the architecture names, shapes and orders them.
 
     The class normalises its images by the model's mean and std, which are not in it, or not at all where the model has none.
@@ -26,9 +29,21 @@ def state_dict(model: Model, variables: dict, *, batch_norm_set: int = 0, counte
       variables: its variables.
       batch_norm_set: whose scale, bias and statistics are taken; the class has one set.
       counters: BatchNorm's num_batches_tracked by key; 0 without.
+      sub_block1: for a wide ResNet of TRADES, also the entries of that name that some of its classes register and never call,
+        with the values of block1.
+
+    Raises:
+      InputError: `sub_block1` of another network.
     """
     layout = layouts.entries(model.name, model.classes, model.image_shape[2])
-    return layouts.to_torch(select_set(variables, batch_norm_set, model.batch_norm_sets), layout, counters)
+    state = layouts.to_torch(select_set(variables, batch_norm_set, model.batch_norm_sets), layout, counters)
+    if not sub_block1:
+        return state
+    if not any(key.startswith("block1.") for key in state):
+        raise InputError(f"sub_block1 is a part of some classes of wide ResNets of TRADES, not of {model.name}; leave it out")
+    dead = {f"sub_{key}": value for key, value in state.items() if key.startswith("block1.")}
+    before = {key: value for key, value in state.items() if key.partition(".")[0] in ("conv1", "block1")}
+    return before | dead | state
 
 
 def write_torch(path: str | os.PathLike, state: dict) -> None:

@@ -45,6 +45,40 @@ def test_every_key_is_accounted_for():
     assert accounts.unused == ("module.fc_rotation.weight", "other")
 
 
+def test_single_numbers_beside_the_weights_are_no_reason_to_pass_them_over():
+    average = weights(1) | {"decay": np.float32(0.999), "num_updates": np.int64(7)}
+    accounts = find({"state_dict": weights(), "ema": average})
+    assert accounts.container == "ema" and accounts.scalars == ("decay", "num_updates") and accounts.unused == ()
+    assert accounts.others == ("state_dict",)
+
+
+def test_an_average_without_statistics_is_named():
+    partial = {key: value for key, value in weights(1).items() if "running" not in key}
+    accounts = find({"state_dict": weights(), "ema": partial, "optimizer": {"lr": np.ones(3)}})
+    assert accounts.container == "state_dict" and accounts.partial == ("ema",)
+
+
+def test_a_counter_that_is_no_count_is_a_number_like_others():
+    accounts = find(weights() | {"bn1.num_batches_tracked": np.float32(np.inf)})
+    assert accounts.counters == {} and accounts.scalars == ("bn1.num_batches_tracked",)
+
+
+def test_a_huge_mean_is_not_read():
+    class Huge:
+        shape, dtype = (2**40,), np.dtype(np.float32)
+
+        def array(self):
+            raise AssertionError
+
+    accounts = find(weights() | {"mean": Huge(), "std": Huge()})
+    assert accounts.normalization is None and accounts.unused == ("mean", "std")
+
+
+def test_dictionaries_in_a_list_are_found():
+    accounts = find([{"epoch": 1}, ({"net": weights()}, 3)])
+    assert accounts.container == "1.0.net" and list(accounts.arrays) == KEYS
+
+
 def test_half_a_normalisation_is_none_and_unused():
     accounts = find(weights() | {"mean": np.zeros(3)})
     assert accounts.normalization is None and accounts.unused == ("mean",)
@@ -86,7 +120,7 @@ def test_what_is_missing_is_left_to_the_caller():
 
 
 def test_no_tensors_and_no_such_dictionary_are_one_line():
-    assert_input_error(lambda: find({"epoch": 3, "args": {"lr": 0.1}}), "x.pt", "no tensors", "'epoch', 'args'")
+    assert_input_error(lambda: find({"epoch": 3, "args": {"lr": 0.1}}), "x.pt", "no tensors", "epoch, args")
     assert_input_error(lambda: find([1, 2]), "x.pt", "no tensors", "list")
     assert_input_error(lambda: find({}), "x.pt", "empty")
     content = {"state_dict": weights(), "ema": weights(1)}

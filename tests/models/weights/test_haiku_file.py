@@ -46,9 +46,14 @@ def assert_trees(read, expected):
 
 def npy(path, value, protocol=4, shape=(2,)):
     """As np.save writes an array of objects, of any protocol."""
+    return pickled(path, pickle.dumps(value, protocol), shape)
+
+
+def pickled(path, content, shape=(2,)):
+    """An .npy file around a pickle."""
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": shape})
-        pickle.dump(value, file, protocol)
+        file.write(content)
     return path
 
 
@@ -77,8 +82,6 @@ def test_every_protocol_is_read(tmp_path, array, protocol):
     tuple_of_it[()] = expected
     assert_trees(haiku_file.read(npy(tmp_path / "tuple", tuple_of_it, protocol, shape=())), expected)
     assert_trees(haiku_file.read(npy(tmp_path / "bare", expected, protocol)), expected)
-    (tmp_path / "pickle").write_bytes(pickle.dumps(expected, protocol))
-    assert_trees(haiku_file.read(tmp_path / "pickle"), expected)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -106,8 +109,7 @@ def test_files_of_older_numpy_and_jax_are_read(tmp_path, monkeypatch, protocol):
         content = pickle.dumps(jax.tree.map(OldArray, expected), protocol)
         if protocol < 4:  # names end with the line there, and may have another length
             content = content.replace(b"numpy._core", b"numpy.core")
-        (tmp_path / "old").write_bytes(content)
-        assert_trees(haiku_file.read(tmp_path / "old"), expected)
+        assert_trees(haiku_file.read(pickled(tmp_path / "old", content)), expected)
 
 
 @pytest.mark.parametrize("name", ["FlatMapping", "FlatMap", "frozendict"])
@@ -169,7 +171,7 @@ def test_a_jax_array_is_made_of_a_numpy_array_and_of_nothing_else(tmp_path):
             (b"c_codecs\nencode\n", "not made of a NumPy array"), (b"cnumpy\ndtype\n", "not made of a NumPy array"),
             (b"cnumpy\nndarray\n", "not made of a NumPy array"), (b"N", "not made of a NumPy array"),
             (b"cposix\nsystem\n", "asks for posix.system")):
-        (tmp_path / "a").write_bytes(b"\x80\x02cjax._src.array\n_reconstruct_array\n(" + function + b")N}tR.")
+        pickled(tmp_path / "a", b"\x80\x02cjax._src.array\n_reconstruct_array\n(" + function + b")N}tR.")
         assert_input_error(lambda: haiku_file.read(tmp_path / "a"), mention)
 
 
@@ -237,5 +239,5 @@ def test_changed_bytes_give_arrays_or_one_line(tmp_path, protocol):
 
 
 def test_a_length_that_the_file_does_not_have_is_not_allocated(tmp_path):
-    (tmp_path / "a").write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b"abc.")
+    pickled(tmp_path / "a", b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b"abc.")
     assert_input_error(lambda: haiku_file.read(tmp_path / "a"), "damaged")

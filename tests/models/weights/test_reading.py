@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrd import models
+from jaxrd.errors import InputError
 from jaxrd.models import weights
 from jaxrd.models.weights import layouts, safetensors_file, torch_file
 from tests.support import assert_input_error
@@ -218,13 +219,41 @@ def test_safetensors_of_ours_need_no_name_and_those_of_others_do(tmp_path):
     weights.write_safetensors(tmp_path / "ours.safetensors", state("wrn10_1"), model)
     found = weights.read(tmp_path / "ours.safetensors")
     assert found.model == model and found.kind == "safetensors" and found.normalization == "that in the file's metadata"
-    named = weights.read(tmp_path / "ours.safetensors", "wrn10_1").model
-    assert named.image_shape == (32, 32, 3) and named.specification["mean"] is None, "a name is taken at its word"
+    assert weights.read(tmp_path / "ours.safetensors", "wrn10_1").model == model, "what the file says holds for the name too"
+    given = weights.read(tmp_path / "ours.safetensors", "wrn10_1", normalization="none", image_shape=(8, 8, 3)).model
+    assert given.image_shape == (8, 8, 3) and given.specification["mean"] is None, "what is asked for goes before it"
+    plain = models.create("dm_wrn10_1", classes=10)
+    weights.write_safetensors(tmp_path / "plain.safetensors", state("dm_wrn10_1"), plain)
+    assert weights.read(tmp_path / "plain.safetensors", "dm_wrn10_1").model == plain, "nor is a family's habit"
     safetensors_file.write(str(tmp_path / "theirs.safetensors"), state("wrn10_1"), {"format": "pt"})
     assert_input_error(lambda: weights.read(tmp_path / "theirs.safetensors"), "theirs.safetensors", "--model")
     assert weights.read(tmp_path / "theirs.safetensors", "wrn10_1").model.name == "wrn10_1"
-    safetensors_file.write(str(tmp_path / "bad.safetensors"), state("wrn10_1"), {"jaxrd_model": "{"})
-    assert_input_error(lambda: weights.read(tmp_path / "bad.safetensors"), "metadata jaxrd_model is damaged", "--model")
+
+
+@pytest.mark.parametrize("metadata", [
+    "{", "[" * 100_000, "[]", '{"name": "wrn10_1"}',
+    '{"name": "wrn10_1", "classes": "10", "image_shape": [8, 8, 3], "mean": null, "std": null}',
+    '{"name": "wrn10_1", "classes": 10, "image_shape": 5, "mean": null, "std": null}',
+    '{"name": "wrn10_1", "classes": 10, "image_shape": [8, 8, 3], "mean": 5, "std": 5}',
+    '{"name": "wrn6000004_1", "classes": 10, "image_shape": [8, 8, 3], "mean": null, "std": null}'])
+def test_damaged_metadata_are_one_line_or_passed_over_where_the_model_is_named(tmp_path, metadata):
+    safetensors_file.write(str(tmp_path / "x.safetensors"), state("wrn10_1"), {"jaxrd_model": metadata})
+    assert_input_error(lambda: weights.read(tmp_path / "x.safetensors"), "metadata jaxrd_model is damaged", "--model")
+    assert weights.read(tmp_path / "x.safetensors", "wrn10_1").model.classes == 10
+
+
+def test_tiny_imagenets_classes_mean_its_image_size(tmp_path):
+    path = torch(tmp_path / "x.pt", state("preact_resnet18_w4", 200))
+    assert weights.read(path, "preact_resnet18_w4").model.image_shape == (64, 64, 3)
+    assert weights.read(path, "preact_resnet18_w4", image_shape=(32, 32, 3)).model.image_shape == (32, 32, 3)
+
+
+def test_what_a_file_says_cannot_break_the_line(tmp_path):
+    keys = {"a\nerror: all is well\x1b[31m" + "k" * 3000: np.ones((2, 2), np.float32)}
+    path = torch(tmp_path / "x.pt", state("wrn10_1") | keys)
+    with pytest.raises(InputError) as error:
+        weights.read(path, "wrn10_1")
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value) and len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize("root", ["wide_res_net/~/", "wide_res_net/"])

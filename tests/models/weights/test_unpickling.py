@@ -342,3 +342,21 @@ def test_every_truncation_of_a_pickle_is_refused():
         content = pickle.dumps({"a": ARRAYS[:3], "b": [1, 2.5, "text", None], "c": np.float64(3)}, protocol)
         for length in range(len(content)):
             assert_input_error(lambda: read(content[:length]), "a.file: damaged")  # noqa: B023
+
+
+def test_copies_that_cost_the_file_nothing_are_bounded(monkeypatch):
+    monkeypatch.setattr(pickle_machine, "_MOST_COPIED", 10_000)
+    copies = b"cbuiltins\nset\nq\x01" + b"0" + b"(" + b"h\x01h\x00\x85R" * 200 + b"l."
+    with pytest.raises(InputError, match="copies more than 10000 elements"):
+        read(b"\x80\x02](" + b"K\x01" * 100 + b"eq\x000" + copies)
+    assert len(read(b"\x80\x02](" + b"K\x01" * 10 + b"eq\x000" + copies)) == 200
+
+
+def test_bytearrays_are_bytes_and_are_not_copied():
+    (one, other) = read(pickle.dumps([content := bytearray(b"abc"), content], protocol=5))
+    assert one is other and one == b"abc" and type(one) is bytes
+
+
+def test_dimensions_that_no_array_can_have_are_refused_at_once():
+    with pytest.raises(pickle_machine.Damaged):
+        unpickling.checked_shape((1 << 100_000,) * 64, 4)
