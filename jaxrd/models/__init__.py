@@ -1,6 +1,8 @@
-"""Image classifiers: `create` one by name, or `restore` one from a run directory."""
+"""Image classifiers: `create` one by name, `restore` one from a run directory, read one from the files of others (`weights`)."""
 
+from jaxrd.models import weights
 from jaxrd.models.averaging import average_weights, estimate_statistics
 from jaxrd.models.zoo import Model, create, logits_fn, parameter_count, restore
 
-__all__ = ["Model", "average_weights", "create", "estimate_statistics", "logits_fn", "parameter_count", "restore"]
+__all__ = [
+    "Model", "average_weights", "create", "estimate_statistics", "logits_fn", "parameter_count", "restore", "weights"]
