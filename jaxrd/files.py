@@ -1,6 +1,7 @@
 """Files and directories that a kill leaves either old or new, never half, and arrays read from .npz files of anybody's."""
 
 import contextlib
+import errno
 import glob
 import os
 import pathlib
@@ -75,16 +76,30 @@ def appearing(target: pathlib.Path, *, directory: bool = False) -> Iterator[path
             if directory:
                 temporary.mkdir()
             yield temporary
-            if directory:
-                os.replace(temporary, place)
-            else:
-                temporary.chmod(0o666 & ~_umask())  # safetensors' own files are their owner's alone
-                _name(temporary, place)
+            try:
+                if directory:
+                    os.replace(temporary, place)
+                else:
+                    temporary.chmod(0o666 & ~_umask())  # safetensors' own files are their owner's alone
+                    _name(temporary, place)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise InputError(f"{target} has come to exist meanwhile; choose another place") from None
+                raise
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error.strerror or error}); choose another place") from None
     finally:
         if workplace:
-            shutil.rmtree(workplace, ignore_errors=True)
+            _remove(workplace)
+
+
+def _remove(directory: pathlib.Path) -> None:
+    """Removes a directory, in which threads of a write that failed may still be making files."""
+    for _ in range(20):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.1)
 
 
 def _name(file: pathlib.Path, target: pathlib.Path) -> None:
@@ -124,6 +139,24 @@ def _termination_raised() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Lets SIGTERM and Ctrl-C wait for the end of the block: for seconds of writing by threads that outlive an exception."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    old = {number: signal.signal(number, lambda number, _: received.append(number))
+           for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    for number in received[:1]:
+        signal.raise_signal(number)
 
 
 def _umask() -> int:

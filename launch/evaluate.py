@@ -37,7 +37,7 @@ def main() -> None:
     from jaxrd.evaluation import evaluate, report
     from jaxrd.training import parallel
     parallel.enable_compilation_cache()
-    step = int(_STEP.value) if _STEP.value.isdigit() else _STEP.value
+    step = int(_STEP.value) if _STEP.value.isdecimal() else _STEP.value
     for workdir in _WORKDIR.value:
         evaluate.evaluate(
             workdir, _ATTACKS.value, step=step, split=_SPLIT.value, teacher=_TEACHER.value, seed=_SEED.value,

@@ -1,6 +1,6 @@
 """Weights in and out of run directories.
 
-    python -m launch.weights zoo                                    published teachers, and the files to download by hand
+    python -m launch.weights zoo [TEXT]                             published teachers, and the files to download by hand
     python -m launch.weights import --model=Wang2023Better_WRN-28-10 --classes=100 --source=x.pt --workdir=teachers/bdm
     python -m launch.weights import --format=robustbench --model=dm_wrn28_10 --source=x.pt --workdir=teachers/bdm
     python -m launch.weights export --format=torch --workdir=runs/a --output=a.pt       also safetensors, stablehlo
@@ -45,11 +45,13 @@ _SUB_BLOCK1 = flags.DEFINE_bool(
     "sub_block1", False, "export: with the entries that some classes of TRADES' wide ResNet register and never call.")
 
 
-def main(chosen: str) -> None:
+def main(chosen: str, text: str) -> None:
     if chosen == "zoo":
         from jaxrd.models import published
-        print(published.table(_MODEL.value))
+        print(published.table(text or _MODEL.value))
         return
+    if text:
+        raise InputError(f'"{text}" is not a flag; flags begin with -- and take their value after =')
     needed = {"import": (_SOURCE, _WORKDIR), "export": (_FORMAT, _WORKDIR, _OUTPUT)}[chosen]
     for flag in needed:
         if not flag.value:
@@ -63,7 +65,7 @@ def main(chosen: str) -> None:
             container=_ENTRY.value, allow_unused=_ALLOW_UNUSED.value, data=_DATA.value, examples=_EXAMPLES.value,
             any_accuracy=_ANY_ACCURACY.value, norm=_NORM.value, epsilon=_EPSILON.value)
     else:
-        step = int(_STEP.value) if _STEP.value.isdigit() else _STEP.value
+        step = int(_STEP.value) if _STEP.value.isdecimal() else _STEP.value
         exchange.export_weights(
             _WORKDIR.value, _OUTPUT.value, _FORMAT.value, step=step, batch_norm_set=_BATCH_NORM_SET.value,
             sub_block1=_SUB_BLOCK1.value)
@@ -87,23 +89,28 @@ def _numbers(flag, kind) -> tuple:
         raise InputError(f"--{flag.name}={flag.value}: give numbers with commas between them") from None
 
 
-def _take_command() -> str:
-    """Removes the command, or what stands first in its place, from the command line and returns it; "" where there is none."""
-    found = [argument for argument in sys.argv[1:] if argument in _COMMANDS] or [
-        argument for argument in sys.argv[1:2] if not argument.startswith("-")]
-    if not found:
-        return ""
-    sys.argv.remove(found[0])
-    return found[0]
+def _take_words() -> list[str]:
+    """Removes the words that are neither flags nor their values from the command line, and returns them."""
+    words, index = [], 1
+    while index < len(sys.argv):
+        argument = sys.argv[index]
+        name = argument.lstrip("-")
+        if not argument.startswith("-"):
+            words.append(sys.argv.pop(index))
+        elif "=" not in argument and name in flags.FLAGS and not flags.FLAGS[name].boolean:
+            index += 2
+        else:
+            index += 1
+    return words
 
 
-def _checked(chosen: str) -> None:
-    if not chosen:
+def _checked(words: list[str]) -> None:
+    if not words:
         raise InputError("what to do is missing; give import, export or zoo first: python -m launch.weights import ...")
-    choose("command", chosen, _COMMANDS)
-    main(chosen)
+    choose("command", words[0], _COMMANDS)
+    main(words[0], " ".join(words[1:]))
 
 
 if __name__ == "__main__":
-    chosen = _take_command()
-    command.run(lambda: _checked(chosen))
+    words = _take_words()
+    command.run(lambda: _checked(words))

@@ -75,6 +75,8 @@ def evaluate(
     model, variables, origin = checkpoint.restore_model(workdir, step)
     model = models.create(**model.specification | {"dtype": "float32"})
     config = Config.from_dict(origin["config"])
+    if origin["imported"] and not (config.data.name or config.data.arrays):
+        raise InputError(f"{workdir}: nothing says which images its weights are of; import them again with --data")
     dataset, train_source = open_data(config)
     source: Source = getattr(dataset, split)
     if (source.classes, source.image_shape) != (model.classes, model.image_shape):
@@ -92,6 +94,8 @@ def evaluate(
                 teacher, "last" if began_with is None else began_with)
             teacher_model = models.create(**teacher_model.specification | {"dtype": "float32"})
             check_teacher(teacher, teacher_model, model)
+            if own_teacher and origin["teacher_file"] != checkpoint.file_of(teacher_origin):
+                raise InputError(f"{teacher} holds other weights now than those that this run was distilled from")
         except InputError as error:
             if not own_teacher:
                 raise InputError(f"--teacher: {error}") from None

@@ -1,4 +1,4 @@
-"""Image classifiers: `create` one by name, `restore` one from a run directory, read one from the files of others (`weights`)."""
+"""Image classifiers: `create` one by name, `restore` one from a run directory, read one from a file of others (`weights`)."""
 
 from jaxrd.models import weights
 from jaxrd.models.averaging import average_weights, estimate_statistics

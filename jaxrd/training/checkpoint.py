@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxrd import models
 from jaxrd.errors import InputError
+from jaxrd.files import signals_deferred
 from jaxrd.training.state import TrainState
 
 BEST_METRIC = "validation/pgd_accuracy"
@@ -111,6 +112,7 @@ class Checkpoints:
         variables = restored["average"] if averaged else restored
         return model, variables, {
             "step": step, "config": custom["config"], "teacher_step": custom.get("teacher_step"),
+            "teacher_file": custom.get("teacher_file"),
             "weights": "average" if averaged else "newest", "imported": custom.get("imported"),
             "counters": custom.get("counters", {})}
 
@@ -129,10 +131,20 @@ class Checkpoints:
 
 
 def save_variables(workdir: str | pathlib.Path, variables: dict[str, Any], metadata: dict[str, Any]) -> None:
-    """Saves variables without an optimiser's state as step 0 of a run directory, and returns when they are written."""
-    with Checkpoints(workdir, keep=1) as checkpoints:
-        checkpoints._checkpointer.save_checkpointables(
-            0, {"state": variables}, metrics={}, custom_metadata=metadata, force=True)
+    """Saves variables without an optimiser's state as step 0 of a run directory, and returns when they are written.
+
+    Raises:
+      InputError: they cannot be written.
+    """
+    # An exception in the middle would leave orbax's threads waiting for each other, for minutes.
+    with signals_deferred():
+        try:
+            with Checkpoints(workdir, keep=1) as checkpoints:
+                checkpoints._checkpointer.save_checkpointables(
+                    0, {"state": variables}, metrics={}, custom_metadata=metadata, force=True)
+        except Exception as error:  # the file system's complaints, in tensorstore's words
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"{workdir}: the checkpoint cannot be written ({reason}); is the disk full?") from None
 
 
 def restore_model(workdir: str | pathlib.Path, step: int | str = "last") -> tuple[models.Model, dict, dict[str, Any]]:
@@ -143,9 +155,10 @@ def restore_model(workdir: str | pathlib.Path, step: int | str = "last") -> tupl
       step: "last", "best" (by validation PGD accuracy), or a step's number.
 
     Returns:
-      (model, variables, {"step", "config", "teacher_step", "weights", "imported", "counters"}); `teacher_step` is that of the
-      teacher it was distilled from, or None; `weights` is "average" or "newest"; `imported` is what import.json says, or None
-      for a trained run; `counters` are PyTorch's counters of batches, by key, where it had some.
+      (model, variables, {"step", "config", "teacher_step", "teacher_file", "weights", "imported", "counters"}); `teacher_step`
+      and `teacher_file` (see `file_of`) are those of the teacher it was distilled from, or None; `weights` is "average" or
+      "newest"; `imported` is what import.json says, or None for a trained run; `counters` are PyTorch's counters of batches, by
+      key, where it had some.
 
     Raises:
       InputError: no such directory, no checkpoint in it, no such step, or a damaged one.
@@ -176,8 +189,17 @@ def newest_metadata(workdir: str | pathlib.Path) -> dict[str, Any]:
         return checkpoints._metadata(checkpoints.steps[-1]).custom_metadata or {}
 
 
+def file_of(metadata: dict[str, Any]) -> str | None:
+    """Returns the SHA-256 of the file that a checkpoint's weights were imported from, or None where they were trained."""
+    return ((metadata.get("imported") or {}).get("file") or {}).get("sha256")
+
+
 def _reader(workdir: str | pathlib.Path) -> Checkpoints:
     directory = pathlib.Path(workdir).absolute()
+    if directory.is_file():
+        raise InputError(
+            f"{workdir} is a file, not a run directory; make one of its weights: python -m launch.weights import "
+            f"--source={workdir} --workdir=DIR")
     if not directory.is_dir():
         raise InputError(f"{workdir}: no such run directory; train it first, or correct the path")
     if not has_checkpoints(directory):

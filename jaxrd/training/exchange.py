@@ -8,6 +8,7 @@ exported file, which has been read again and compared before it takes its name.
 import dataclasses
 import hashlib
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -56,8 +57,8 @@ def import_weights(
       workdir: the directory; it does not exist yet, or is empty.
       name: architecture or published identifier; see `models.weights.read`.
       data: name of a prepared TFDS data set, or "train.npz,test.npz": its test images, on which the clean accuracy is measured
-        before anything is written, and which `launch.evaluate` will read. "": the published data set or the one with as many
-        classes, without a measurement.
+        before anything is written, and which `launch.evaluate` will read. "": the published data set or one with as many
+        classes and such images, without a measurement; or none.
       examples: how many of the test images are classified, from the first on; 0 for all.
       any_accuracy: accept an accuracy that is not the published one.
       norm, epsilon: threat model that `launch.evaluate` will use, "linf" or "l2" and a number or "8/255"; by default the
@@ -78,10 +79,12 @@ def import_weights(
             raise InputError(f'norm is "{norm}" and epsilon is {epsilon}; give both, such as linf and 8/255, or neither')
         threat = Config.from_dict({"threat": {"norm": norm, "epsilon": epsilon}}).threat
     if data:
-        section = DataConfig(name="arrays", arrays=data) if "," in data else DataConfig(name=data)
+        arrays = ",".join(os.path.abspath(path.strip()) for path in data.split(",")) if "," in data else ""
+        section = DataConfig(name="arrays" if arrays else data, arrays=arrays)
         dataset, _ = open_data(Config(data=section))
         image_shape, classes = _agreed(dataset, image_shape, classes)
-    found = weights.read(source, name, image_shape=image_shape, classes=classes, **options)
+    found = weights.read(
+        source, name, image_shape=image_shape, classes=classes, data="" if "," in data else data, **options)
     entry = found.published
     if not data:
         section = DataConfig(name=_data_of(found))
@@ -101,6 +104,10 @@ def import_weights(
         checkpoint.save_variables(directory, found.variables, metadata)
     parameters = models.parameter_count(found.variables)
     size = "x".join(map(str, found.model.image_shape))
+    images = config.data.arrays or config.data.name
+    images += "" if data or entry else " (assumed)" if images else "images that --data names (none is given)"
+    threat = f"{config.threat.norm} {config.threat.epsilon:.4g}" + ("" if entry or norm else " (--norm and --epsilon: another)")
+    say(f"launch.evaluate will attack {images} within {threat}")
     say(f"{workdir}: {found.model.name}, {found.model.classes} classes, images {size}, {parameters:,} parameters; use it as "
         f"--config.teacher={workdir}, or python -m launch.evaluate --workdir={workdir}")
     return found
@@ -153,12 +160,13 @@ def export_weights(
                 written, _ = safetensors_file.read(str(path))
             checked = _check_state(output, state, written)
         size = path.stat().st_size
-    say(f"{output}: {model.name}, {model.classes} classes, step {origin['step']} of {workdir}, {size / 2**20:,.1f} MiB; "
-        f"{checked}")
+    which = f"step {origin['step']} of {workdir}" + (", its weight average" if origin["weights"] == "average" else "")
+    which += f", BatchNorm set {batch_norm_set} of {model.batch_norm_sets}" if model.batch_norm_sets > 1 else ""
+    say(f"{output}: {model.name}, {model.classes} classes, {which}, {size / 2**20:,.1f} MiB; {checked}")
     mean, std = model.specification["mean"], model.specification["std"]
     if format == "stablehlo":
-        say(f"images float32 [batch, {', '.join(map(str, model.image_shape))}] in [0, 1] -> logits; any batch size; "
-            "run it with jax.export.deserialize(bytearray(data)).call(images)")
+        say(f"images float32 [batch, {', '.join(map(str, model.image_shape))}] in [0, 1] -> logits; any batch size from 1 on, "
+            "no gradients; run it with jax.export.deserialize(bytearray(data)).call(images)")
     elif mean is not None:
         say(f"the file holds no normalisation: the class must subtract mean {mean} and divide by std {std}")
     elif model.name.startswith("dm_"):
@@ -170,6 +178,8 @@ def export_weights(
 
 def _check_free(workdir: pathlib.Path) -> None:
     """Raises InputError where the directory is taken; before a large file is read."""
+    if workdir.exists() and workdir.samefile("."):
+        raise InputError(f"--workdir={workdir} is the current directory, in which this command runs; name one in it")
     if workdir.is_dir() and not any(workdir.iterdir()):
         return
     if workdir.exists():
@@ -194,16 +204,12 @@ def _agreed(dataset: DataSet, image_shape, classes) -> tuple[tuple[int, ...], in
 
 
 def _data_of(found: weights.Imported) -> str:
-    """Returns the data set that an imported model is of, by what is published or by its classes and images."""
+    """Returns the data set that an imported model is of: published, assumed by its classes and images, or "" for unknown."""
     if found.published:
         return found.published.dataset
-    if found.model.image_shape == (8, 8, 1) and found.model.classes == 10:
-        return "jaxrd_digits"
-    if found.model.classes not in weights.DATA_SETS:
-        raise InputError(
-            f"--data is missing: nothing says which images of {found.model.classes} classes this model is of; give a prepared "
-            "TFDS name or train.npz,test.npz, which launch.evaluate will read")
-    return weights.DATA_SETS[found.model.classes]
+    by_images = {(8, 8, 1): {10: "jaxrd_digits"}, (32, 32, 3): {10: "cifar10", 100: "cifar100"},
+                 (64, 64, 3): {200: "tiny_imagenet"}}
+    return by_images.get(found.model.image_shape, {}).get(found.model.classes, "")
 
 
 def _findings(source, found: weights.Imported) -> Iterator[str]:

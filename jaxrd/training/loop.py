@@ -59,7 +59,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
     check_claim(workdir, config)
     # 2. What the configuration names: data, teacher (as it was when the run began), student, and the step compiled for them.
     dataset, train_source = open_data(config)
-    teacher_step = _teacher_step(config, workdir)
+    teacher_step, teacher_file = _teacher_of(config, workdir)
     recipe, teacher_variables = build_recipe(config, dataset, len(train_source), mesh, teacher_step=teacher_step)
     train_step = make_train_step(recipe, mesh)
     # 3. All of it is there, so the directory is this run's from now on.
@@ -76,7 +76,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
         log = Log(workdir, config, recipe.steps, resumed_at=int(state.step), devices=mesh.size)
         # 7. The remaining steps.
         metadata = {"config": config.to_dict(), "model": dict(recipe.student.specification), "teacher_step": teacher_step,
-                    "jaxrd": jaxrd.__version__}
+                    "teacher_file": teacher_file, "jaxrd": jaxrd.__version__}
         try:
             return _run(
                 config, dataset, train_source, recipe, teacher_variables, train_step, state, checkpoints, metadata, log, mesh)
@@ -204,23 +204,30 @@ def _naming(field: str):
         raise InputError(f"{field}: {error}") from None
 
 
-def _teacher_step(config: Config, workdir: pathlib.Path) -> int | None:
-    """Returns the teacher's step that this run distils: its newest when the run began, and that one ever after.
+def _teacher_of(config: Config, workdir: pathlib.Path) -> tuple[int | None, str | None]:
+    """Returns the teacher's step that this run distils, and the fingerprint of its file where it was imported.
 
-    A teacher that went on training in between would otherwise change under a resumed run.
+    They are its newest when the run began, and those ever after: a teacher that went on training in between, or another one in
+    its place, would otherwise change under a resumed run.
     """
     if not config.build_method().needs_teacher:
-        return None
+        return None, None
     with _naming("config.teacher"):
         there = checkpoint.steps_of(config.teacher)
+        file = checkpoint.file_of(checkpoint.newest_metadata(config.teacher))
     if not checkpoint.has_checkpoints(workdir):
-        return there[-1]
-    began_with = checkpoint.newest_metadata(workdir).get("teacher_step", there[-1])
+        return there[-1], file
+    began = checkpoint.newest_metadata(workdir)
+    began_with = began.get("teacher_step", there[-1])
+    if "teacher_file" in began and began["teacher_file"] != file:
+        raise InputError(
+            f"{workdir} was begun with another teacher in {config.teacher}, of other imported weights; choose another "
+            "--workdir, or import those again")
     if began_with not in there:
         raise InputError(
             f"{workdir} was begun with step {began_with} of its teacher {config.teacher}, which now holds "
             f"{', '.join(map(str, there))}; choose another --workdir, or bring that checkpoint back")
-    return began_with
+    return began_with, file
 
 
 def validate(model, variables, source, threat, mesh, *, teacher=None, teacher_variables=None) -> dict[str, float]:

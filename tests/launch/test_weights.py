@@ -61,6 +61,9 @@ MISTAKES = {
     "weights": ["what to do is missing", "import, export or zoo"],
     "weights imprt": ['"imprt"', 'did you mean "import"?'],
     "weights import": ["--source is missing", "--workdir"],
+    "weights --workdir zoo import": ["--source is missing"],
+    "weights import x.pt": ['"x.pt" is not a flag'],
+    "weights export --workdir=FILES/none --format=torch --output=FILES/x --step=\u00b2": ["none", "no such run directory"],
     "weights import --source=x.pt": ["--workdir is missing"],
     "weights export --workdir=runs/a --format=torch": ["--output is missing"],
     "weights export --workdir=FILES/none --format=torch --output=FILES/x": ["none", "no such run directory"],
@@ -163,7 +166,7 @@ def test_pytorch_is_never_imported():
 
 
 def test_the_zoo_is_a_table_that_can_be_searched():
-    results = run_all(["weights zoo", "weights zoo --model=bdm-at", "weights zoo --model=dm_wrn70_16"])
+    results = run_all(["weights zoo", "weights zoo bdm-at", "weights zoo --model=dm_wrn70_16"])
     everything, some, wide = (output for _, output, *_ in results.values())
     assert all(result[0] == 0 and not result[2] for result in results.values())
     assert len(everything.splitlines()) > 60 and "cifar10/Linf/Chen2021LTD_WRN34_10" in everything

@@ -104,7 +104,8 @@ def test_a_model_comes_back_with_its_average_and_its_origin(saved):
     assert (model.name, model.classes, model.image_shape) == ("resnet6_w4", 10, (8, 8, 1))
     chex.assert_trees_all_equal(variables, make(2).average)
     assert origin == {
-        "step": 2, "config": {"seed": 3}, "teacher_step": 40, "weights": "average", "imported": None, "counters": {}}
+        "step": 2, "config": {"seed": 3}, "teacher_step": 40, "teacher_file": None, "weights": "average", "imported": None,
+        "counters": {}}
 
 
 def test_what_a_kill_left_of_a_save_goes_with_the_next_run_and_no_reader_minds_it(saved, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from jaxrd import data, models
 from jaxrd.evaluation import evaluate
+from jaxrd.files import appearing, signals_deferred
 from jaxrd.models import weights
 from jaxrd.models.weights import layouts, safetensors_file, torch_file
 from jaxrd.training import checkpoint, exchange, loop
@@ -109,6 +111,49 @@ def test_an_imported_directory_says_where_it_is_from_and_is_evaluated(there_and_
     assert result["data"]["train_examples"] is None
 
 
+def test_another_teacher_in_the_same_place_is_noticed(there_and_back, tiny_arrays, tiny_config, tmp_path):
+    source, _ = there_and_back
+    exchange.import_weights(source, tmp_path / "t", "resnet6_w4", data=tiny_arrays, say=quiet)
+    config = tiny_config(method="ard", teacher=str(tmp_path / "t"), training={"steps": 2, "checkpoint_every": 1})
+    loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    shutil.rmtree(tmp_path / "t")
+    state = {key: leaf.array() for key, leaf in torch_file.read(str(source)).items()}
+    torch_file.write(str(tmp_path / "other.pt"), state | {"linear.bias": state["linear.bias"] + 1})
+    exchange.import_weights(tmp_path / "other.pt", tmp_path / "t", "resnet6_w4", data=tiny_arrays, say=quiet)
+    assert_input_error(lambda: loop.train(config, tmp_path / "run", devices=jax.devices()[:1]),
+                       "another teacher", "import those")
+    lines = []
+    evaluate.evaluate(tmp_path / "run", "clean", say=lines.append)
+    assert any("no gradient alignment" in line and "other weights now" in line for line in lines)
+    shutil.rmtree(tmp_path / "t")
+    exchange.import_weights(source, tmp_path / "t", "resnet6_w4", data=tiny_arrays, say=quiet)
+    assert int(loop.train(config, tmp_path / "run", devices=jax.devices()[:1]).step) == 2
+
+
+def test_a_model_of_unknown_images_is_imported_and_evaluated_once_they_are_named(tmp_path):
+    state = {entry.key: np.ones(entry.torch_shape, np.float32) for entry in layouts.entries("resnet6_w4", 43)}
+    torch_file.write(str(tmp_path / "x.pt"), state)
+    lines = []
+    exchange.import_weights(tmp_path / "x.pt", tmp_path / "run", "resnet6_w4", say=lines.append)
+    assert any("images that --data names" in line for line in lines)
+    assert_input_error(lambda: evaluate.evaluate(tmp_path / "run", "clean", say=quiet), "nothing says which images", "--data")
+    assert models.restore(tmp_path / "run")[0].classes == 43
+
+
+@pytest.mark.parametrize("classes, shape, name", [
+    (10, (32, 32, 3), "cifar10 (assumed)"), (10, (28, 28, 1), "images that --data names"),
+    (10, (8, 8, 1), "jaxrd_digits (assumed)"),
+    (100, (32, 32, 3), "cifar100 (assumed)"), (200, (64, 64, 3), "tiny_imagenet (assumed)"),
+    (200, (32, 32, 3), "images that --data names")])
+def test_the_data_set_that_is_assumed_is_told(tmp_path, classes, shape, name):
+    state = {entry.key: np.ones(entry.torch_shape, np.float32) for entry in layouts.entries("resnet6_w4", classes, shape[2])}
+    torch_file.write(str(tmp_path / "x.pt"), state)
+    lines = []
+    exchange.import_weights(tmp_path / "x.pt", tmp_path / "run", "resnet6_w4", image_shape=shape, say=lines.append)
+    assert any(f"will attack {name}" in line for line in lines), lines
+
+
 def test_an_imported_directory_is_no_run_to_go_on_with(there_and_back, tiny_config):
     _, workdir = there_and_back
     assert_input_error(lambda: loop.train(tiny_config(), workdir, devices=jax.devices()[:1]),
@@ -190,7 +235,8 @@ def test_what_appears_during_an_export_is_not_overwritten(tiny_teacher, tmp_path
         (tmp_path / "x.pt").write_text("mine")
 
     monkeypatch.setattr(weights, "write_torch", slow)
-    assert_input_error(lambda: exchange.export_weights(tiny_teacher, tmp_path / "x.pt", "torch", say=quiet), "File exists")
+    assert_input_error(lambda: exchange.export_weights(tiny_teacher, tmp_path / "x.pt", "torch", say=quiet),
+                       "x.pt has come to exist meanwhile")
     assert everything(tmp_path) == ["x.pt"] and (tmp_path / "x.pt").read_text() == "mine"
 
 
@@ -262,6 +308,38 @@ def test_what_is_there_is_never_overwritten(there_and_back, tiny_teacher, tmp_pa
                            "notes.txt exists already")
         assert_input_error(lambda: exchange.export_weights(tiny_teacher, tmp_path, name, say=quiet), "is a directory")
     assert (tmp_path / "notes.txt").read_text() == "mine" and everything(workdir) == before
+
+
+def test_the_current_directory_is_not_replaced(there_and_back, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_input_error(lambda: exchange.import_weights(there_and_back[0], ".", "resnet6_w4", say=quiet, **DIGITS),
+                       "current directory")
+
+
+def test_a_signal_waits_for_the_end_of_a_checkpoint(tmp_path):
+    order = []
+    with pytest.raises(KeyboardInterrupt):
+        with signals_deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):
+                order.append("written")
+        order.append("never")
+    assert order == ["written"] * 1000
+    with pytest.raises(SystemExit, match="143"):
+        with appearing(tmp_path / "x", directory=True) as place:
+            with signals_deferred():
+                os.kill(os.getpid(), signal.SIGTERM)
+                (place / "file").touch()
+            order.append("never")
+    assert everything(tmp_path) == [] and "never" not in order
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, tiny_config):
+    model = models.create("resnet6_w4", classes=10, image_shape=(8, 8, 1))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    assert_input_error(lambda: checkpoint.save_variables(
+        tmp_path / "run", jax.tree.map(np.asarray, model.init(jax.random.key(0))), {"config": tiny_config().to_dict()}), "run")
 
 
 def test_an_empty_directory_is_free(there_and_back, tmp_path):

@@ -4,8 +4,8 @@
 `jaxrd.training.exchange` does the same from and to run directories.
 """
 
-from jaxrd.models.weights.reading import DATA_SETS, FORMATS, NORMALIZATIONS, Imported, read
+from jaxrd.models.weights.reading import FORMATS, NORMALIZATIONS, Imported, read
 from jaxrd.models.weights.writing import state_dict, stablehlo, write_safetensors, write_torch
 
 __all__ = [
-    "DATA_SETS", "FORMATS", "NORMALIZATIONS", "Imported", "read", "stablehlo", "state_dict", "write_safetensors", "write_torch"]
+    "FORMATS", "NORMALIZATIONS", "Imported", "read", "stablehlo", "state_dict", "write_safetensors", "write_torch"]

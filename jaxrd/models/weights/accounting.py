@@ -39,6 +39,7 @@ class Accounts:
       scalars: keys of other single numbers, such as the decay of an average.
       dead: keys of weights that the public class never calls.
       normalization: (mean, std) of the images, where the file has them.
+      in_front: those are of a layer in front of the network, not its own.
       unused: every other key.
     """
 
@@ -51,6 +52,7 @@ class Accounts:
     scalars: tuple[str, ...] = ()
     dead: tuple[str, ...] = ()
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    in_front: bool = False
     unused: tuple[str, ...] = ()
 
 
@@ -61,7 +63,8 @@ def account(source: str, content: Any, keys: list[str], container: str | None = 
       source: the file, for errors.
       content: nested dictionaries with leaves that have a shape.
       keys: those of the architecture's layout, the weight of its last layer among them.
-      container: the dotted name of the dictionary to take; None for the best by `_PREFERENCE` of those that fit.
+      container: the dotted name of the dictionary to take, or, where one holds several networks, the prefix of one; None for
+        the best by `_PREFERENCE` of those that fit.
 
     Returns:
       the accounts; `arrays` may lack keys, where no dictionary has them all.
@@ -69,7 +72,7 @@ def account(source: str, content: Any, keys: list[str], container: str | None = 
     Raises:
       InputError: no dictionary of that name, or no weights at all.
     """
-    found = dict(_dictionaries(content))
+    found = {name: state for outer, whole in _dictionaries(content) for name, state in _networks(outer, whole, keys)}
     if not found:
         raise InputError(f"{source}: no tensors in it ({_describe(content)}); give a file of weights, such as a state_dict")
     if container is not None:
@@ -102,7 +105,7 @@ def contents(content: Any) -> dict[str, tuple[int, ...]]:
 def _dictionaries(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (dotted name, {key: leaf}) of every dictionary that holds tensors itself."""
     if isinstance(content, (list, tuple)):
-        content = {str(index): value for index, value in enumerate(content[:_MOST_IN_A_LIST])}
+        content = {str(index): value for index, value in enumerate(content[:_MOST_IN_A_LIST]) if not hasattr(value, "shape")}
     if not isinstance(content, Mapping):
         return
     state = {key: value for key, value in content.items() if isinstance(key, str) and hasattr(value, "shape")}
@@ -114,36 +117,52 @@ def _dictionaries(content: Any, name: str = "", depth: int = 0) -> Iterator[tupl
                 yield from _dictionaries(value, f"{name}.{key}" if name else key, depth + 1)
 
 
+def _networks(name: str, state: dict[str, Any], keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (name, {key: leaf}) of each network in a dictionary, where it holds several: "student.*" beside "teacher.*"."""
+    prefixes = [prefix for prefix, count in _prefixes(state, keys).items() if count == len(keys)]
+    if len(prefixes) < 2:
+        yield name, state
+        return
+    for prefix in prefixes:
+        others = tuple(other for other in prefixes if other != prefix and other)
+        # What belongs to none of them, such as a normalisation in front, is everybody's.
+        own = {key: leaf for key, leaf in state.items()
+               if not key.startswith(others) and (key.startswith(prefix) or "" not in prefixes)}
+        yield ".".join(filter(None, (name, prefix.rstrip(".")))), own
+
+
 def _of(state: Mapping[str, Any], keys: list[str], container: str) -> Accounts:
     wanted = set(keys)
-    prefix = _prefix(state, keys)
+    prefixes = _prefixes(state, keys)
+    prefix = max(prefixes, key=lambda prefix: (prefixes[prefix], -len(prefix)))
     arrays, counters, scalars, dead, means, stds, unused = {}, {}, [], [], {}, {}, []
     for key, leaf in state.items():
         name = key.removeprefix(prefix)
         last = name.rpartition(".")[2]
         if key.startswith(prefix) and name in wanted:
             arrays[name] = leaf
-        elif last in _COUNTERS and not leaf.shape and np.dtype(leaf.dtype).kind in "iu":
+        elif last in _COUNTERS and math.prod(leaf.shape) == 1 and np.dtype(leaf.dtype).kind in "iu":
             counters[name] = leaf
-        elif not leaf.shape:
-            scalars.append(key)
         elif re.fullmatch(_DEAD, name):
             dead.append(key)
         elif last in (*_MEANS, *_STDS) and math.prod(leaf.shape) <= _MOST_CHANNELS:
             (means if last in _MEANS else stds)[key] = leaf
+        elif not leaf.shape:
+            scalars.append(key)
         else:
             unused.append(key)
-    normalization = None
+    normalization, in_front = None, False
     if len(means) == len(stds) == 1:
         mean, std = (tuple(float(value) for value in np.ravel(read(next(iter(one.values()))))) for one in (means, stds))
         if len(mean) == len(std):
             normalization = mean, std
+            in_front = not next(iter(means)).startswith(prefix)
     if normalization is None:
         unused += [*means, *stds]
     return Accounts(
         arrays={key: arrays[key] for key in keys if key in arrays}, container=container, prefix=prefix,
-        counters={key: int(read(leaf)) for key, leaf in counters.items()}, scalars=tuple(scalars),
-        dead=tuple(dead), normalization=normalization, unused=tuple(unused))
+        counters={key: read(leaf).item() for key, leaf in counters.items()}, scalars=tuple(scalars),
+        dead=tuple(dead), normalization=normalization, in_front=in_front, unused=tuple(unused))
 
 
 def read(leaf: Any) -> np.ndarray:
@@ -151,8 +170,8 @@ def read(leaf: Any) -> np.ndarray:
     return np.asarray(leaf.array() if hasattr(leaf, "array") else leaf)
 
 
-def _prefix(state: Mapping[str, Any], keys: list[str]) -> str:
-    """Returns what stands before the keys of a layout: "module.", "module.model.", "module.1.", ... or nothing."""
+def _prefixes(state: Mapping[str, Any], keys: list[str]) -> Mapping[str, int]:
+    """Returns {what may stand before the keys of a layout ("", "module.", "module.1.", ...): how many keys are there then}."""
     candidates = collections.Counter({"": 0})
     for anchor in (keys[0], keys[-2], keys[-1]):  # the stem and the last layer
         for key in state:
@@ -160,7 +179,7 @@ def _prefix(state: Mapping[str, Any], keys: list[str]) -> str:
                 candidates[key.removesuffix(anchor)] = 0
     for prefix in candidates:
         candidates[prefix] = sum(f"{prefix}{key}" in state for key in keys)
-    return max(candidates, key=lambda prefix: (candidates[prefix], -len(prefix)))
+    return candidates
 
 
 def _rank(name: str) -> tuple[int, int, str]:

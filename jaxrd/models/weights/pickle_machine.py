@@ -17,6 +17,10 @@ class Damaged(Exception):
     """What is wrong with a file's content, without the file's name; `reading` makes the one line of it."""
 
 
+class NotRead(Exception):
+    """What a sound file holds that is not read here; `reading` makes the one line of it."""
+
+
 class StandIn:
     """What a name in a pickle stands for here: a function of this package, which the machine calls, or only the name."""
 

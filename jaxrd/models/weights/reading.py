@@ -15,6 +15,7 @@ from jaxrd.models.deepmind import DeepMindPreActResNet, DeepMindWideResNet
 from jaxrd.models.weights import haiku_file, layouts, recognition, safetensors_file, torch_file
 from jaxrd.models.weights.accounting import Accounts, account, contents, some
 from jaxrd.models.weights.accounting import read as values_of
+from jaxrd.models.weights.unpickling import printable
 
 # What --format takes -> what `recognition.kind` may find.
 FORMATS = {
@@ -23,15 +24,16 @@ FORMATS = {
 _KINDS = {
     "torch": "a PyTorch file", "torch_legacy": "a PyTorch file of the format before 1.6", "safetensors": "a safetensors file",
     "haiku": "a Haiku checkpoint of DeepMind (.npy)"}
-# Mean and std by name. CIFAR's are those of DeepMind's and RobustBench's classes, Tiny-ImageNet's those of Wang et al. 2023.
+# Mean and std by name. CIFAR's are those of DeepMind's and RobustBench's classes, the others those of Wang et al. 2023.
 NORMALIZATIONS = {
     "none": None,
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
 }
 # Classes -> the data set that a model without a name is of.
-DATA_SETS = {10: "cifar10", 100: "cifar100", 200: "tiny_imagenet"}
+_BY_CLASSES = {10: "cifar10", 100: "cifar100", 200: "tiny_imagenet"}
 SPECIFICATION = "jaxrd_model"  # key of the metadata in which `writing` leaves the model's specification
 
 
@@ -68,6 +70,7 @@ def read(
     classes: int | None = None,
     image_shape: Sequence[int] | None = None,
     normalization: str | tuple[Sequence[float], Sequence[float]] = "",
+    data: str = "",
     container: str | None = None,
     allow_unused: bool = False,
 ) -> Imported:
@@ -83,7 +86,8 @@ def read(
       classes: what the last layer must have; None: what it has.
       image_shape: (height, width, channels); None: 32x32, or 64x64 for 200 classes, and the channels of the first layer.
       normalization: a key of `NORMALIZATIONS`, or (mean, std); "": that of the published model, or of the file, or, for the
-        DeepMind family, whose public classes have one, that of the data set with as many classes.
+        DeepMind family, whose public classes have one, that of the data set.
+      data: name of the data set that the model is of; "": assumed by the number of classes.
       container: which dictionary of a checkpoint to take; None: see `accounting.account`.
       allow_unused: whether the file may hold arrays that the model has no use for.
 
@@ -113,7 +117,7 @@ def read(
     architecture = entry.model if entry else name
     architectures.module(architecture, 2)  # where there is no such name, its own line says so
     specification = metadata if metadata.get("name") == architecture else {}
-    expected_classes = classes or (entry.classes if entry else None)
+    expected_classes = classes if classes is not None else entry.classes if entry else None
     if entry and image_shape is not None and tuple(image_shape) != (32, 32, 3):
         raise InputError(
             f"{entry.identifier} is published for images of 32x32x3, not {'x'.join(map(str, image_shape))}; "
@@ -127,7 +131,8 @@ def read(
     if len(shape) == 3 and shape[2] != channels:
         raise InputError(
             f"{file}: its first layer takes images of {channels} channels, not {shape[2]}; give --image_shape=H,W,{channels}")
-    statistics, origin = _normalization(file, normalization, accounts, entry, specification, architecture, found_classes)
+    statistics, origin = _normalization(
+        file, normalization, accounts, entry, specification, architecture, found_classes, channels, data)
     mean, std = statistics or (None, None)
     model = zoo.create(architecture, classes=found_classes, image_shape=shape, mean=mean, std=std)
     variables = (layouts.from_haiku if kind == "haiku" else layouts.from_torch)(state, layout)
@@ -237,37 +242,49 @@ def _haiku_shape(entry: layouts.Entry) -> tuple[int, ...]:
     return (1, 1, 1, *entry.shape) if batch_norm else entry.shape
 
 
-def _normalization(file, asked, accounts, entry, specification, architecture, classes):
+def _normalization(file, asked, accounts, entry, specification, architecture, classes, channels, data):
     """Returns ((mean, std) or None, where it is from)."""
     if not isinstance(asked, str):
         return (tuple(asked[0]), tuple(asked[1])), "as asked for"
     if asked:
         choose("normalization", asked, NORMALIZATIONS)
         return NORMALIZATIONS[asked], f"{asked}, as asked for"
+    way_out = "say which: --normalization=none, a data set, or MEAN,MEAN,MEAN,STD,STD,STD"
     known = (entry.mean, entry.std) if entry and entry.mean is not None else None
+    normalises = isinstance(architectures.module(architecture, 2), DeepMindWideResNet | DeepMindPreActResNet)
     inside = (specification["mean"], specification["std"]) if specification else accounts.normalization
     if specification and inside[0] is None:
         if known is not None:
             raise InputError(
-                f"{file} says that its model has no normalisation, {entry.identifier} is published with {known}; "
-                "say which: --normalization=none, a data set, or MEAN,MEAN,MEAN,STD,STD,STD")
+                f"{file} says that its model has no normalisation, {entry.identifier} is published with {known}; {way_out}")
         return None, "none, as the file's metadata say"
     if inside is not None:
+        if len(inside[0]) == 1:
+            inside = tuple(value * channels for value in inside)
+        if accounts.in_front and normalises and not specification:
+            raise InputError(
+                f"{file} normalises by mean and std {inside} in front of the network, and the public class of {architecture} "
+                "inside too; give both in one, mean m + s M and std s S for m, s in front and M, S inside: --normalization")
         if entry and (known is None or not np.allclose(inside, known, rtol=0, atol=1e-3)):
             raise InputError(
-                f"{file} normalises by mean and std {inside}, {entry.identifier} is published with {known}; "
-                "say which: --normalization=none, a data set, or MEAN,MEAN,MEAN,STD,STD,STD")
+                f"{file} normalises by mean and std {inside}, {entry.identifier} is published with {known}; {way_out}")
         return inside, "that in the file's metadata" if specification else "mean and std in the file"
     if entry:
         return known, f"that of {entry.identifier}"
-    if isinstance(architectures.module(architecture, 2), DeepMindWideResNet | DeepMindPreActResNet):
-        if classes not in DATA_SETS:
-            raise InputError(
-                f"{file}: the public classes of {architecture} normalise their images, and for {classes} classes nothing says "
-                "how; give --normalization=none, a data set, or MEAN,MEAN,MEAN,STD,STD,STD")
-        name = DATA_SETS[classes]
-        return NORMALIZATIONS[name], f"{name}, as the public class of {architecture} has for {classes} classes"
-    return None, "none, as for most models of this architecture"
+    if re.fullmatch(r"(.*\.)?[1-9]\d*\.", accounts.prefix):
+        raise InputError(
+            f'{file}: its keys begin with "{printable(accounts.prefix)}", so a layer without weights stands in front of the '
+            f"network, such as a normalisation that is not in the file; {way_out}")
+    if not normalises:
+        return None, "none, as for most models of this architecture"
+    name = max((name for name in NORMALIZATIONS if data.startswith(name)), key=len, default=None)
+    name = name if data else _BY_CLASSES.get(classes)
+    if name is None:
+        raise InputError(
+            f"{file}: the public classes of {architecture} normalise their images, and for {data or f'{classes} classes'} "
+            f"nothing says how; {way_out}")
+    assumed = "" if data else f", assumed by its {classes} classes"
+    return NORMALIZATIONS[name], f"{name}, as the public class of {architecture} has{assumed}"
 
 
 def _check_finite(file: str, variables: Mapping, path: str = "") -> None:
@@ -276,3 +293,5 @@ def _check_finite(file: str, variables: Mapping, path: str = "") -> None:
             _check_finite(file, value, f"{path}{name}.")
         elif not np.isfinite(value).all():
             raise InputError(f"{file}: {path}{name} holds values that are not finite; its training diverged, take another file")
+        elif name == "var" and value.min() < 0:
+            raise InputError(f"{file}: {path}var, a running variance, reaches {value.min():g}; take another file")

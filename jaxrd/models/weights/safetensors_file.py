@@ -80,4 +80,7 @@ def write(path: str | os.PathLike, entries: Mapping[str, np.ndarray], metadata: 
         arrays[name] = np.asarray(value, dtype, order="C")
     if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise InputError(f"{path}: its metadata hold what is no string; give strings by name")
-    safetensors.numpy.save_file(arrays, path, dict(metadata))
+    try:
+        safetensors.numpy.save_file(arrays, path, dict(metadata))
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: cannot be written ({error}); is the disk full?") from None

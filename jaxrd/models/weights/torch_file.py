@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxrd.errors import InputError
 from jaxrd.models.weights import unpickling
-from jaxrd.models.weights.pickle_machine import Damaged, Refused, StandIn
+from jaxrd.models.weights.pickle_machine import Damaged, NotRead, Refused, StandIn
 from jaxrd.models.weights.unpickling import EXTRA_DTYPES, Tensor
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -269,7 +269,7 @@ def _rebuild_tensor_v1(storage, offset, shape, strides) -> Tensor:
 
 def _rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks, metadata=None) -> Tensor:
     if metadata:  # conjugate or negated views of other values
-        raise Damaged("its pickle has a tensor that is a conjugate or negative view, which is not read")
+        raise NotRead("its pickle has a tensor that is a conjugate or negative view, which is not read")
     return _tensor(storage, offset, shape, strides)
 
 
@@ -287,6 +287,14 @@ def _rebuild_parameter(tensor, *_) -> Tensor:
     return tensor
 
 
+def _rebuild_from_type(function, kind, arguments, state) -> Tensor:
+    """A tensor with Python attributes, or of a class of PyTorch's own: the attributes are left out."""
+    makes_tensors = isinstance(function, StandIn) and function.name.startswith("torch._utils._rebuild_")
+    if not makes_tensors or not isinstance(kind, StandIn) or not isinstance(arguments, tuple):
+        raise Damaged("its pickle has a tensor of a special class")
+    return function.call(*arguments)
+
+
 def _device(kind, index=None) -> str:
     if not isinstance(kind, str) or type(index) not in (int, type(None)):
         raise Damaged("its pickle has an impossible device")
@@ -300,6 +308,8 @@ _TABLE = {
         "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
         "torch._utils._rebuild_parameter": _rebuild_parameter,
         "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+        "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+        **{f"torch.{name}": None for name in ("Tensor", "nn.parameter.Parameter", "nn.parameter.Buffer")},
         "torch.Size": lambda sizes=(): tuple(sizes),
         "torch.device": _device,
         **{f"torch.{name}": None for name in _DTYPES},

@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxrd.errors import InputError
-from jaxrd.models.weights.pickle_machine import Buildable, Damaged, Machine, Refused, StandIn, Table, checked_key
+from jaxrd.models.weights.pickle_machine import (
+    Buildable, Damaged, Machine, NotRead, Refused, StandIn, Table, checked_key)
 
 _MOST_OBJECTS = 10_000_000
 _DEEPEST = 100
@@ -67,6 +68,8 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
         raise InputError(f"{path}: it needs more memory than there is; read it on a larger machine") from None
     except Damaged as error:
         raise InputError(f"{path}: damaged: {printable(str(error))}; download or save it again") from None
+    except NotRead as error:
+        raise InputError(f"{path}: {printable(str(error))}; give a file of the weights alone, such as a state_dict") from None
     except Exception as error:  # a pickle or an archive of random bytes can end in any of them
         text = printable(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         raise InputError(f"{path}: damaged ({text}); download or save it again") from None
@@ -147,7 +150,7 @@ class _Plain:
         if isinstance(value, Array):
             content = value.content()
             return self.plain(content, depth + 1) if isinstance(content, list) else content
-        raise Damaged("its pickle holds a data type without data")
+        raise NotRead("its pickle holds a data type without data, which is not read")
 
 
 class _Dtype(Buildable):
@@ -165,7 +168,7 @@ class _Dtype(Buildable):
         elif re.fullmatch(r"[biufc]\d{1,2}|O8?", code):
             self.dtype = np.dtype(code)
         else:
-            raise Damaged(f"its pickle has an array of type {printable(code)}; only numbers are read")
+            raise NotRead(f"its pickle has an array of NumPy's type {printable(code)}, and only numbers are read")
 
     def build(self, state):
         """Takes the byte order; fields and subarrays belong to types that are refused by their code."""
@@ -268,6 +271,12 @@ def _mapping(items=()) -> dict:
     return result
 
 
+def _path(*parts) -> str:
+    if not all(isinstance(part, str) for part in parts):
+        raise Damaged("its pickle has a path that is not made of text")
+    return "/".join(parts)
+
+
 def make_table(entries: Mapping[str, Callable | None]) -> dict[tuple[str, str], StandIn]:
     """Returns the table of stand-ins for `load` from {"module.name": function of this package, or None for the name}."""
     return {tuple(name.rsplit(".", 1)): StandIn(name, call) for name, call in entries.items()}
@@ -276,7 +285,17 @@ def make_table(entries: Mapping[str, Callable | None]) -> dict[tuple[str, str], 
 CONTAINERS = make_table({
     "collections.OrderedDict": _mapping,
     "collections.Counter": _mapping,
-    "argparse.Namespace": lambda: {},  # the options of many training scripts, which are left out as attributes are
+    "collections.defaultdict": lambda factory=None, items=(): _mapping(items),
+    "collections.deque": lambda items=(), length=None: list(items),
+    "builtins.frozenset": lambda items=(): list(items),
+    "__builtin__.frozenset": lambda items=(): list(items),
+    # What a defaultdict makes: names, which are not called.
+    **{f"{module}.{name}": None for module in ("builtins", "__builtin__") for name in ("list", "dict", "int", "long", "float")},
+    # The options of many training scripts. Their attributes are left out, as those of a state_dict are.
+    "argparse.Namespace": lambda: {},
+    "types.SimpleNamespace": lambda: {},
+    **{f"{module}.{name}": _path for module in ("pathlib", "pathlib._local") for name in (
+        "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
     "builtins.set": lambda items=(): list(items),
     "__builtin__.set": lambda items=(): list(items),
     "_codecs.encode": _encode,

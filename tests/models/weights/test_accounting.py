@@ -79,6 +79,21 @@ def test_dictionaries_in_a_list_are_found():
     assert accounts.container == "1.0.net" and list(accounts.arrays) == KEYS
 
 
+def test_two_networks_in_one_dictionary_are_told_apart_by_their_prefixes():
+    content = weights(0, "student.") | weights(1, "teacher.") | {"teacher.bn1.num_batches_tracked": np.int64(3)}
+    accounts = find({"net": content})
+    assert accounts.container == "net.student" and accounts.others == ("net.teacher",) and accounts.unused == ()
+    assert accounts.arrays[KEYS[0]] is content["student." + KEYS[0]] and accounts.counters == {}
+    other = find({"net": content}, container="net.teacher")
+    assert other.arrays[KEYS[0]] is content["teacher." + KEYS[0]] and other.counters == {"bn1.num_batches_tracked": 3}
+    alone = find(weights(0) | weights(1, "ema."))
+    assert alone.container == "ema" and alone.others == ("",)
+
+
+def test_a_counter_in_a_vector_of_one_is_a_counter():
+    assert find(weights() | {"bn1.num_batches_tracked": np.array([5])}).counters == {"bn1.num_batches_tracked": 5}
+
+
 def test_half_a_normalisation_is_none_and_unused():
     accounts = find(weights() | {"mean": np.zeros(3)})
     assert accounts.normalization is None and accounts.unused == ("mean",)

@@ -183,7 +183,7 @@ def test_a_jax_array_is_made_of_a_numpy_array_and_of_nothing_else(tmp_path):
     (objects({"a": {"w": [1, 2]}}, {}), "a w is a list rather than an array"),
     (objects({"a": {3: np.zeros(2)}}, {}), "a has keys that are no strings"),
     (objects({3: np.zeros(2)}, {}), "its outermost dictionary has keys that are no strings"),
-    (objects({"a": {"w": np.array(["text"])}}, {}), "an array of type U4; only numbers are read"),
+    (objects({"a": {"w": np.array(["text"])}}, {}), "array of NumPy's type U4, and only numbers are read"),
     (objects({"a": {"w": objects(np.zeros(2))}}, {}), "a w is a list rather than an array"),
     (objects({"a": {"w": np.zeros(2, "f4,f4")}}, {}), "only numbers are read"),
 ])

@@ -175,6 +175,42 @@ def test_a_normalisation_that_nobody_knows_must_be_given(tmp_path):
     assert_input_error(lambda: weights.read(path, "dm_wrn10_1", normalization=((0.1,), (0.4,))), "one value per channel")
 
 
+def test_a_layer_without_weights_in_front_is_no_reason_to_go_without_normalisation(tmp_path):
+    path = torch(tmp_path / "x.pt", {f"module.1.{key}": value for key, value in state("wrn10_1").items()})
+    assert_input_error(lambda: weights.read(path, "wrn10_1"), 'keys begin with "module.1."', "--normalization=none")
+    assert weights.read(path, "wrn10_1", normalization="cifar10").model.specification["mean"] == CIFAR10[0]
+    first = torch(tmp_path / "y.pt", {f"module.0.{key}": value for key, value in state("wrn10_1").items()})
+    assert weights.read(first, "wrn10_1").model.specification["mean"] is None
+
+
+def test_two_normalisations_are_not_taken_for_one(tmp_path):
+    buffers = {"0.mean": np.float32([0.1, 0.2, 0.3]), "0.std": np.float32([0.4, 0.5, 0.6])}
+    path = torch(tmp_path / "x.pt", {f"1.{key}": value for key, value in state("dm_wrn10_1").items()} | buffers)
+    assert_input_error(lambda: weights.read(path, "dm_wrn10_1"), "in front of the network", "m + s M")
+    plain = torch(tmp_path / "y.pt", {f"1.{key}": value for key, value in state("wrn10_1").items()} | buffers)
+    np.testing.assert_allclose(weights.read(plain, "wrn10_1").model.specification["mean"], (0.1, 0.2, 0.3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("data, expected", [
+    ("", CIFAR10[0]), ("cifar10", CIFAR10[0]), ("cifar10_1", CIFAR10[0]), ("svhn_cropped", (0.5, 0.5, 0.5)),
+    ("cifar100", CIFAR100[0])])
+def test_the_data_set_decides_over_the_number_of_classes(tmp_path, data, expected):
+    found = weights.read(torch(tmp_path / "x.pt", state("dm_wrn10_1")), "dm_wrn10_1", data=data)
+    assert found.model.specification["mean"] == expected and ("assumed" in found.normalization) == (not data)
+    assert_input_error(lambda: weights.read(tmp_path / "x.pt", "dm_wrn10_1", data="mnist"), "mnist", "--normalization")
+
+
+def test_one_mean_for_all_channels_is_one_for_each(tmp_path):
+    buffers = {"mean": np.float32(0.5), "std": np.reshape(np.float32(0.25), (1, 1, 1))}
+    found = weights.read(torch(tmp_path / "x.pt", state("wrn10_1") | buffers), "wrn10_1").model.specification
+    assert found["mean"] == (0.5, 0.5, 0.5) and found["std"] == (0.25, 0.25, 0.25)
+
+
+def test_a_negative_variance_is_refused(tmp_path):
+    damaged = state("wrn10_1") | {"bn1.running_var": np.full(64, -0.5, np.float32)}
+    assert_input_error(lambda: weights.read(torch(tmp_path / "x.pt", damaged), "wrn10_1"), "bn1.var", "-0.5")
+
+
 def test_a_normalisation_in_the_file_is_taken(tmp_path):
     buffers = {"mu": np.reshape(np.float32([0.1, 0.2, 0.3]), (1, 3, 1, 1)),
                "sigma": np.reshape(np.float32([0.4, 0.5, 0.6]), (1, 3, 1, 1))}

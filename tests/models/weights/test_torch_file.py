@@ -219,15 +219,23 @@ BYTES = storage("0", 24, "UntypedStorage")
 
 @pytest.mark.parametrize("pickled", [
     call(REBUILD_2, 5, 0, (1,), (1,), False, {}), call(REBUILD_2, storage("0", 6)),
-    call(REBUILD_2, storage("0", 6), 0, (6,), (1,), False, {}, {"conj": True}),
+    call(name("torch._tensor", "_rebuild_from_type_v2"), name("torch", "Size"), name("torch", "Tensor"), ((1,),), {}),
+    call(name("torch._tensor", "_rebuild_from_type_v2"), 5, name("torch", "Tensor"), (), {}),
     call(REBUILD_3, BYTES, 0, (1,), (1,), False, {}, "float32"),
     call(REBUILD_3, BYTES, 0, (1,), (1,), False, {}, name("torch", "Size")),
     call(REBUILD_3, BYTES, 0, (4,), (1,), False, {}, name("torch", "uint64")),
-    call(name("torch._utils", "_rebuild_parameter"), 5, True, {}), storage("0", 6), call(name("torch", "device"), [[]]),
+    call(name("torch._utils", "_rebuild_parameter"), 5, True, {}), call(name("torch", "device"), [[]]),
 ])
 def test_tensors_that_are_made_of_something_else_are_damage(tmp_path, pickled):
     path = six_zip(tmp_path / "a", pickled)
     assert_input_error(lambda: torch_file.read(path), f"{path}: damaged")
+
+
+@pytest.mark.parametrize("pickled", [
+    call(REBUILD_2, storage("0", 6), 0, (6,), (1,), False, {}, {"conj": True}), storage("0", 6)])
+def test_what_is_sound_and_not_read_is_not_called_damage(tmp_path, pickled):
+    path = six_zip(tmp_path / "a", pickled)
+    assert_input_error(lambda: torch_file.read(path), f"{path}: its pickle", "which is not read", "the weights alone")
 
 
 def test_a_type_without_storage_type_is_read_from_bytes(tmp_path):

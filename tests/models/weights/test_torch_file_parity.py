@@ -1,9 +1,10 @@
 """PyTorch itself is the judge: of what it saves every bit is read, and what is written it loads."""
 
 import argparse
-import fractions
 import collections
+import fractions
 import io
+import pathlib
 
 import ml_dtypes
 import numpy as np
@@ -160,6 +161,13 @@ def test_options_of_a_script_are_left_out_and_other_objects_refused_by_their_cla
     weights = Net().state_dict()
     content = saved_and_read(tmp_path / "a", {"state_dict": weights, "args": argparse.Namespace(depth=34)}, zip_format)
     assert content["args"] == {} and list(content["state_dict"]) == list(weights)
+    tensor = torch.arange(3.0)
+    tensor.note = "an attribute"
+    more = {"net": torch.nn.Linear(2, 2).state_dict(), "note": tensor, "where": pathlib.PurePosixPath("/a/b"),
+            "counts": collections.defaultdict(int, a=1), "last": collections.deque([1, 2], 3), "seen": frozenset([4])}
+    found = saved_and_read(tmp_path / "b", more, zip_format)
+    assert found["where"].replace("//", "/") == "/a/b" and found["counts"] == {"a": 1} and found["last"] == [1, 2]
+    assert found["seen"] == [4] and found["note"].array().tolist() == [0, 1, 2]
     with pytest.raises(InputError, match=r"asks for fractions\.Fraction; only tensors and containers are read"):
         saved_and_read(tmp_path / "a", {"state_dict": weights, "rate": fractions.Fraction(1, 3)}, zip_format)
 
