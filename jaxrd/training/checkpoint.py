@@ -134,7 +134,7 @@ def save_variables(workdir: str | pathlib.Path, variables: dict[str, Any], metad
     """Saves variables without an optimiser's state as step 0 of a run directory, and returns when they are written.
 
     Raises:
-      InputError: they cannot be written.
+      OSError: they cannot be written.
     """
     # An exception in the middle would leave orbax's threads waiting for each other, for minutes.
     with signals_deferred():
@@ -143,8 +143,7 @@ def save_variables(workdir: str | pathlib.Path, variables: dict[str, Any], metad
                 checkpoints._checkpointer.save_checkpointables(
                     0, {"state": variables}, metrics={}, custom_metadata=metadata, force=True)
         except Exception as error:  # the file system's complaints, in tensorstore's words
-            reason = " ".join(str(error).split())[:160]
-            raise InputError(f"{workdir}: the checkpoint cannot be written ({reason}); is the disk full?") from None
+            raise OSError(f"is the disk full? {' '.join(str(error).split())[:120]}") from None
 
 
 def restore_model(workdir: str | pathlib.Path, step: int | str = "last") -> tuple[models.Model, dict, dict[str, Any]]:

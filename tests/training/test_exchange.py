@@ -334,12 +334,28 @@ def test_a_signal_waits_for_the_end_of_a_checkpoint(tmp_path):
     assert everything(tmp_path) == [] and "never" not in order
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, tiny_config):
-    model = models.create("resnet6_w4", classes=10, image_shape=(8, 8, 1))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").touch()
-    assert_input_error(lambda: checkpoint.save_variables(
-        tmp_path / "run", jax.tree.map(np.asarray, model.init(jax.random.key(0))), {"config": tiny_config().to_dict()}), "run")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits its own process")
+def test_a_full_disk_is_one_line_and_leaves_nothing(there_and_back, tiny_teacher, tmp_path):
+    code = f"""
+import resource, sys
+from jaxrd.errors import InputError
+from jaxrd.training import exchange
+def quiet(_): pass
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+for call in (
+        lambda: exchange.import_weights({str(there_and_back[0])!r}, "run", "resnet6_w4", image_shape=(8, 8, 1), say=quiet),
+        *(lambda name=name: exchange.export_weights({str(tiny_teacher)!r}, "x." + name, name, say=quiet)
+          for name in exchange.EXPORT_FORMATS)):
+    try:
+        call()
+    except InputError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])})
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "x.torch", "x.safetensors", "x.stablehlo"], done.stderr
+    assert all("cannot be written" in line for line in lines) and everything(tmp_path) == []
 
 
 def test_an_empty_directory_is_free(there_and_back, tmp_path):

@@ -67,7 +67,8 @@ def write(path: str | os.PathLike, entries: Mapping[str, np.ndarray], metadata: 
       metadata: strings by name.
 
     Raises:
-      InputError: an entry or the metadata cannot be written.
+      InputError: an entry or the metadata are of a type that the format has not.
+      OSError: the file cannot be written.
     """
     arrays = {}
     for name, value in entries.items():
@@ -83,4 +84,4 @@ def write(path: str | os.PathLike, entries: Mapping[str, np.ndarray], metadata: 
     try:
         safetensors.numpy.save_file(arrays, path, dict(metadata))
     except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: cannot be written ({error}); is the disk full?") from None
+        raise OSError(f"is the disk full? {error}") from None
