@@ -106,8 +106,8 @@ def import_weights(
     size = "x".join(map(str, found.model.image_shape))
     images = config.data.arrays or config.data.name
     images += "" if data or entry else " (assumed)" if images else "images that --data names (none is given)"
-    threat = f"{config.threat.norm} {config.threat.epsilon:.4g}" + ("" if entry or norm else " (--norm and --epsilon: another)")
-    say(f"launch.evaluate will attack {images} within {threat}")
+    radius = f"{config.threat.norm} {config.threat.epsilon:.4g}" + ("" if entry or norm else " (--norm and --epsilon: another)")
+    say(f"launch.evaluate will attack {images} within {radius}")
     say(f"{workdir}: {found.model.name}, {found.model.classes} classes, images {size}, {parameters:,} parameters; use it as "
         f"--config.teacher={workdir}, or python -m launch.evaluate --workdir={workdir}")
     return found

@@ -228,6 +228,9 @@ def test_imported_weights_go_by_their_name_and_nobody_knows_what_they_were_train
     evaluation["data"]["train_examples"] = None
     (evaluated / "evaluation.json").write_text(json.dumps(evaluation))
     assert report.summary([evaluated])[0]["train_examples"] == "-" and "| - |" in report.markdown_table([evaluated])
+    student = make_run(tmp_path / "ard", teacher=evaluated, accuracy={"clean": 0.8})
+    page = report.write([evaluated, student], tmp_path / "report.html").read_text()
+    assert "was imported; the students were trained on 100 images" in page
 
 
 def test_the_method_is_what_was_built_and_not_what_it_was_asked_for_as(tmp_path):

@@ -20,9 +20,10 @@ _PREFERENCE = (
     r"(.*\.)?(model|net|network|student)", r"(.*\.)?last", r".*")
 _NOT_AVERAGED = r"(.*[._])?(unaveraged|best)([._].*)?"
 # Averaging counts of torch.optim.swa_utils; entries that TRADES' class registers and never calls.
-_MOST_IN_A_LIST, _MOST_CHANNELS = 100, 4
 _COUNTERS, _DEAD = (layouts.COUNTER, "n_averaged"), r"sub_block1\..*"
 _MEANS, _STDS = ("mean", "mu"), ("std", "sigma")
+# No file has more; one that claims to must not make the search long.
+_MOST_IN_A_LIST, _MOST_NETWORKS, _MOST_CHANNELS = 100, 16, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +124,8 @@ def _networks(name: str, state: dict[str, Any], keys: list[str]) -> Iterator[tup
     if len(prefixes) < 2:
         yield name, state
         return
-    for prefix in prefixes:
-        others = tuple(other for other in prefixes if other != prefix and other)
+    for prefix in prefixes[:_MOST_NETWORKS]:
+        others = tuple(other for other in prefixes[:_MOST_NETWORKS] if other != prefix and other)
         # What belongs to none of them, such as a normalisation in front, is everybody's.
         own = {key: leaf for key, leaf in state.items()
                if not key.startswith(others) and (key.startswith(prefix) or "" not in prefixes)}
