@@ -19,8 +19,8 @@ from jaxrd.models.weights.unpickling import printable
 
 # What --format takes -> what `recognition.kind` may find.
 FORMATS = {
-    "robustbench": ("torch", "torch_legacy"), "torch": ("torch", "torch_legacy"), "safetensors": ("safetensors",),
-    "haiku": ("haiku",)}
+    "robustbench": ("torch", "torch_legacy"), "official": ("torch", "torch_legacy"), "torch": ("torch", "torch_legacy"),
+    "safetensors": ("safetensors",), "haiku": ("haiku",), "deepmind": ("haiku",)}
 _KINDS = {
     "torch": "a PyTorch file", "torch_legacy": "a PyTorch file of the format before 1.6", "safetensors": "a safetensors file",
     "haiku": "a Haiku checkpoint of DeepMind (.npy)"}
@@ -82,7 +82,8 @@ def read(
         are read by an unpickler that builds tensors and containers and refuses everything else.
       name: architecture, as `models.create` takes it, or an identifier of `jaxrd.models.published`. "" where the file is a
         safetensors file that jaxrd has written, which names its own.
-      format: "robustbench" or "torch", "safetensors" or "haiku"; "": what the file turns out to be.
+      format: "robustbench", "official" or "torch" (three names of one), "safetensors", "haiku" or "deepmind"; "": what the file
+        turns out to be.
       classes: what the last layer must have; None: what it has.
       image_shape: (height, width, channels); None: 32x32, or 64x64 for 200 classes, and the channels of the first layer.
       normalization: a key of `NORMALIZATIONS`, or (mean, std); "": that of the published model, or of the file, or, for the

@@ -83,7 +83,7 @@ def test_a_file_becomes_a_model_that_takes_images(small):
     assert found.model.specification["mean"] is None and found.normalization.startswith("none")
 
 
-@pytest.mark.parametrize("name", ["robustbench", "torch", ""])
+@pytest.mark.parametrize("name", ["robustbench", "official", "torch", ""])
 def test_the_format_may_be_named_or_found(small, name):
     assert weights.read(small, "wrn10_1", format=name).kind == "torch"
 
@@ -295,7 +295,7 @@ def test_what_a_file_says_cannot_break_the_line(tmp_path):
 @pytest.mark.parametrize("root", ["wide_res_net/~/", "wide_res_net/"])
 def test_a_haiku_file_gives_averaged_statistics(tmp_path, root):
     params, moving = haiku_trees(root=root)
-    found = weights.read(haiku(tmp_path / "x.npy", (params, moving)), "dm_wrn10_2", format="haiku")
+    found = weights.read(haiku(tmp_path / "x.npy", (params, moving)), "dm_wrn10_2", format="deepmind")
     assert found.kind == "haiku" and (found.model.specification["mean"], found.model.specification["std"]) == CIFAR10
     ours, block = found.variables, f"{root}resnet_lay_2_block_0/~/"
     np.testing.assert_array_equal(ours["params"]["layer2_0"]["conv_0"]["kernel"], params[f"{block}conv_0"]["w"])
