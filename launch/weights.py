@@ -18,8 +18,8 @@ from launch import command
 
 _COMMANDS = ("import", "export", "zoo")
 _FORMAT = flags.DEFINE_string(
-    "format", "", "import: robustbench, official or torch (all .pt), safetensors, or haiku (DeepMind's .npy); by default what the "
-    "file turns out to be. export: torch, safetensors or stablehlo.")
+    "format", "", "import: robustbench, official or torch (all .pt), safetensors, or haiku (DeepMind's .npy); by default what "
+    "the file turns out to be. export: torch, safetensors or stablehlo.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run directory: import makes it, export reads it.")
 _SOURCE = flags.DEFINE_string("source", "", "import: the file of weights.")
 _MODEL = flags.DEFINE_string(
