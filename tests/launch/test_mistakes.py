@@ -260,7 +260,7 @@ LATE = {
     "resume_tree": ["checkpoints/", "damaged", "delete its directory"],
     "teacher_nope": ["config.teacher", "/nope: no such run directory"],
     "teacher_empty": ["config.teacher", "/empty: no finished checkpoint"],
-    "teacher_file": ["config.teacher", "/file: no such run directory"],
+    "teacher_file": ["config.teacher", "/file is a file, not a run directory", "launch.weights import --source="],
     "teacher_arrays": ["config.teacher", "arrays/checkpoints/", "damaged"],
     "teacher_manifest": ["config.teacher", "manifest/checkpoints/", "damaged"],
     "teacher_metadata": ["config.teacher", "metadata/checkpoints/", "damaged"],
