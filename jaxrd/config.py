@@ -91,7 +91,7 @@ class Config:
     seed: int = documented(0, "of everything random in the run")
     method: MethodConfig = MethodConfig()
     student: str = documented("resnet18", "model that is trained: resnet18, wrn34_10, resnet6_w8, ...")
-    teacher: str = documented("", "run directory of the teacher; empty: none")
+    teacher: str = documented("", "run directory of the teacher, trained or imported (launch.weights); empty: none")
     dtype: str = documented("float32", 'compute dtype of the student\'s body: "float32" or "bfloat16"')
     data: DataConfig = DataConfig()
     threat: ThreatConfig = ThreatConfig()
