@@ -83,8 +83,7 @@ class DeepMindWideResNet(nn.Module):
                 features = 16 * self.width * 2**group
                 x = DeepMindWideBlock(features, stride, self.dtype, name=f"layer{group}_{index}")(x, train)
         x = normalised(x, "batchnorm", self.dtype, train)
-        x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
-        return nn.Dense(self.classes, kernel_init=torch_uniform, dtype=jnp.float32, name="logits")(x)
+        return pool_and_classify(x, self.classes, "logits", zero_bias=True)
 
 
 class DeepMindPreActBlock(nn.Module):

@@ -99,8 +99,8 @@ _PAPERS = {
 
 # (mean, std) inside the models.
 _NONE = (None, None)
-_CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
-_CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 _ENGSTROM = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 _HENDRYCKS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # 2 x - 1
 _CHEN_CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -123,7 +123,7 @@ def _deepmind(rows: Iterable[tuple]) -> list[Published]:
     entries = []
     for name, clean, autoattack, twin, *notes in rows:
         dataset, norm, network, _ = name.split("_", 3)
-        mean, std = {"cifar10": _CIFAR10, "cifar100": _CIFAR100}[dataset]
+        mean, std = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
         notes = [f"the network that RobustBench calls {dataset}/{_THREATS[norm]}/{twin}", *notes]
         entries.append(Published(
             name, dataset, norm, {"linf": 8 / 255, "l2": 128 / 255}[norm], f"dm_{network.replace('-', '_')}", _CLASSES[dataset],
@@ -133,7 +133,7 @@ def _deepmind(rows: Iterable[tuple]) -> list[Published]:
 
 
 PUBLISHED: tuple[Published, ...] = (
-    *_robustbench("cifar10", "linf", 8 / 255, _CIFAR10, [
+    *_robustbench("cifar10", "linf", 8 / 255, CIFAR10, [
         ("Bartoldson2024Adversarial_WRN-94-16", "dm_wrn94_16", 93.68, 73.71, "1g6o9H1b6vjoBi1USdCBt64C8B8LPiioX"),
         ("Wang2023Better_WRN-70-16", "dm_wrn70_16", 93.25, 70.69, "1-RF7ZSS-PAh6bfQcuqx4lh9bc9BUGnap"),
         ("Wang2023Better_WRN-28-10", "dm_wrn28_10", 92.44, 67.31, "1-6MYKJdECDVGaWjj6GgqvaT95BGKhUvI",
@@ -185,7 +185,7 @@ PUBLISHED: tuple[Published, ...] = (
     *_robustbench("cifar10", "linf", 8 / 255, _ENGSTROM, [
         ("Engstrom2019Robustness", "resnet50", 87.03, 49.25, "1etqmQsksNIWBvBQ4r8ZFk_3FJlLWr8Rr"),
     ]),
-    *_robustbench("cifar10", "l2", 0.5, _CIFAR10, [
+    *_robustbench("cifar10", "l2", 0.5, CIFAR10, [
         ("Wang2023Better_WRN-70-16", "dm_wrn70_16", 95.54, 84.97, "101UyURyte05tJLA9VFRBN6UDLyn-0sJw"),
         ("Wang2023Better_WRN-28-10", "dm_wrn28_10", 95.16, 83.68, "1-fwKiJXEqHHUngt8wKsNnHuD4vAPvPXC"),
         ("Rebuffi2021Fixing_28_10_cutmix_ddpm", "dm_wrn28_10", 91.79, 78.80, "1-DUKcvfDzeWwt0NK7q2XvU-dIi8up8B0"),
@@ -198,7 +198,7 @@ PUBLISHED: tuple[Published, ...] = (
     *_robustbench("cifar10", "l2", 0.5, _ENGSTROM, [
         ("Engstrom2019Robustness", "resnet50", 90.83, 69.24, "1O8rGa6xOUIRwQ-M4ESrCjzknby8TM2ZE"),
     ]),
-    *_robustbench("cifar100", "linf", 8 / 255, _CIFAR100, [
+    *_robustbench("cifar100", "linf", 8 / 255, CIFAR100, [
         ("Wang2023Better_WRN-70-16", "dm_wrn70_16", 75.22, 42.66, "1-yYcT73GP13c0y9HrgtpyB3NAfkGKgjY",
          "42.67 by AutoAttack alone"),
         ("Wang2023Better_WRN-28-10", "dm_wrn28_10", 72.58, 38.77, "1-jOu3wKWyw0XnBCXDGR32xn8Bw9GTJgh",

@@ -67,10 +67,13 @@ def shortcut(x: Array, features: int, stride: int, dtype: jnp.dtype, train: bool
     return batch_norm(train, dtype, "shortcut_bn")(x)
 
 
-def pool_and_classify(x: Array, classes: int, name: str = "linear") -> Array:
-    """Returns linear(mean of x over the image), in float32 whatever x is; to be called inside the network."""
+def pool_and_classify(x: Array, classes: int, name: str = "linear", zero_bias: bool = False) -> Array:
+    """Returns linear(mean of x over the image), in float32 whatever x is; to be called inside the network.
+
+    Weights and bias begin as PyTorch's do, or the bias at 0.
+    """
     x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
-    bias_init = functools.partial(torch_uniform, fan_in=x.shape[-1])
+    bias_init = nn.initializers.zeros if zero_bias else functools.partial(torch_uniform, fan_in=x.shape[-1])
     return nn.Dense(classes, kernel_init=torch_uniform, bias_init=bias_init, dtype=jnp.float32, name=name)(x)
 
 

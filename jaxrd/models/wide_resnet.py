@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxrd.models.normalization import batch_norm
 from jaxrd.models.preact_resnet import PreActBlock
-from jaxrd.models.resnet import convolution, draw_flat, torch_uniform
+from jaxrd.models.resnet import convolution, draw_flat, pool_and_classify
 
 Array = jax.Array
 
@@ -57,5 +57,4 @@ class WideResNet(nn.Module):
                 block = PreActBlock(features, stride, self.dtype, he_normal_fan_out, name=f"block{group + 1}_{index}")
                 x = block(x, train)
         x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
-        x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
-        return nn.Dense(self.classes, kernel_init=torch_uniform, dtype=jnp.float32, name="fc")(x)
+        return pool_and_classify(x, self.classes, "fc", zero_bias=True)

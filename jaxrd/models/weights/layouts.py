@@ -56,6 +56,12 @@ class Entry(NamedTuple):
         """Its shape in a PyTorch state dict."""
         return tuple(self.shape[axis] for axis in _torch_axes(self.shape))
 
+    @property
+    def haiku_shape(self) -> tuple[int, ...]:
+        """Its shape in a Haiku file, where BatchNorm's arrays are [1, 1, 1, channels]."""
+        is_batch_norm = len(self.shape) == 1 and self.path[-2] != "logits"
+        return (1, 1, 1, *self.shape) if is_batch_norm else self.shape
+
 
 @functools.lru_cache(maxsize=64)
 def entries(name: str, classes: int, channels: int = 3) -> tuple[Entry, ...]:

@@ -27,8 +27,8 @@ _KINDS = {
 # Mean and std by name. CIFAR's are those of DeepMind's and RobustBench's classes, the others those of Wang et al. 2023.
 NORMALIZATIONS = {
     "none": None,
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "cifar10": published.CIFAR10,
+    "cifar100": published.CIFAR100,
     "svhn": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
 }
@@ -218,7 +218,7 @@ def _weights(file, kind, content, architecture, classes, container, allow_unused
         raise says(f"{key_of(head)} has shape {found}; give a classifier of two classes or more")
     layout = layouts.entries(architecture, found_classes, channels)
     for entry in layout:
-        expected = _haiku_shape(entry) if kind == "haiku" else entry.torch_shape
+        expected = entry.haiku_shape if kind == "haiku" else entry.torch_shape
         if tuple(accounts.arrays[key_of(entry)].shape) != expected:
             raise says(
                 f"{key_of(entry)} has shape {list(accounts.arrays[key_of(entry)].shape)} instead of {list(expected)}; "
@@ -236,11 +236,6 @@ def _weights(file, kind, content, architecture, classes, container, allow_unused
     name_of = layouts.haiku_name if kind == "haiku" else lambda entry: entry.key
     state = {name_of(entry): values_of(accounts.arrays[key_of(entry)]) for entry in layout}
     return accounts, state, layout, tuple(sorted({dtype.name for dtype in dtypes.values()} - {"float32"}))
-
-
-def _haiku_shape(entry: layouts.Entry) -> tuple[int, ...]:
-    batch_norm = len(entry.shape) == 1 and entry.path[-2] != "logits"
-    return (1, 1, 1, *entry.shape) if batch_norm else entry.shape
 
 
 def _normalization(file, asked, accounts, entry, specification, architecture, classes, channels, data):

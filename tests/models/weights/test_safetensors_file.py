@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from jaxrd.errors import InputError
 from jaxrd.models.weights import safetensors_file
-from tests.support import assert_input_error
+from tests.support import assert_input_error, changed_copies
 
 ENTRIES = {
     "conv.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2), "double": np.arange(3.0),
@@ -139,15 +139,8 @@ def test_every_truncation_is_refused(tmp_path):
 def test_changed_bytes_give_arrays_or_one_line(tmp_path):
     safetensors_file.write(tmp_path / "a", {"a": np.arange(4.0), "b": EXTRA["brain"]}, METADATA)
     content = (tmp_path / "a").read_bytes()
-    generator = np.random.default_rng(0)
     refused = 0
-    for trial in range(1500):
-        changed = bytearray(content)
-        for position in generator.integers(len(content), size=1 + trial % 3):
-            changed[position] ^= int(generator.integers(1, 256))
-        other = tmp_path / f"changed{trial % 2}"
-        other.unlink(missing_ok=True)
-        other.write_bytes(changed)
+    for other in changed_copies(tmp_path, content):
         try:
             found, _ = safetensors_file.read(other)
         except InputError as error:

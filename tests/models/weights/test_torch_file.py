@@ -16,7 +16,7 @@ import pytest
 from jaxrd.errors import InputError
 from jaxrd.models.weights import torch_file
 from jaxrd.models.weights.unpickling import Tensor
-from tests.support import assert_input_error
+from tests.support import assert_input_error, changed_copies
 
 # The opcodes of these tests' own pickles, in protocol 0 but for the persistent ids.
 
@@ -475,15 +475,8 @@ def test_every_truncation_is_refused(tmp_path, file):
 def test_changed_bytes_are_refused_or_change_nothing_that_a_checksum_covers(tmp_path, file):
     path = file(tmp_path / "a")
     content, expected = path.read_bytes(), arrays(torch_file.read(path))
-    generator = np.random.default_rng(0)
     refused = 0
-    for trial in range(1500):
-        changed = bytearray(content)
-        for position in generator.integers(len(content), size=1 + trial % 3):
-            changed[position] ^= int(generator.integers(1, 256))
-        other = tmp_path / f"changed{trial % 2}"
-        other.unlink(missing_ok=True)
-        other.write_bytes(changed)
+    for other in changed_copies(tmp_path, content):
         try:
             found = arrays(torch_file.read(other))
         except InputError as error:
