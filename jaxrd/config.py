@@ -19,13 +19,16 @@ from typing import Any
 from ml_collections import config_dict
 
 from jaxrd import distillation, models
+from jaxrd.data.augment import Augmentation
 from jaxrd.distillation.catalogue import MethodConfig, documented, parse_name
 from jaxrd.errors import InputError
 from jaxrd.threat import ThreatModel
+from jaxrd.training.step import check_mixing
 
 
 # Fields that say how a run is watched and stored, not what it computes: a resumed run may change them.
-BOOKKEEPING = ("data.directory", "training.log_every", "training.checkpoint_every", "training.keep", "training.writers")
+BOOKKEEPING = (
+    "data.directory", "data.resident", "training.log_every", "training.checkpoint_every", "training.keep", "training.writers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,19 @@ class DataConfig:
     directory: str = documented("", "where TFDS data sets lie; empty: TFDS's own default")
     examples: int | None = documented(None, "train on this many images, as many of each class, drawn by the seed; None: all")
     validation_fraction: float = documented(0.1, "part of the training split held out where there is no validation split")
+    selection: str = documented(
+        "validation", 'what the best checkpoint is chosen on: "validation" (held out), "last" (nothing: trains on all images, '
+        'the last epoch counts), "test" (as some papers do: trains on all images, and its best is optimistic)')
+    extra: str = documented("", "further images, such as generated ones with pseudo-labels: a TFDS data set or an .npz file")
+    extra_split: str = documented("train", "which split of a TFDS data set `extra` is")
+    extra_fraction: float = documented(0.7, "part of every batch that comes from `extra`")
+    resident: bool | None = documented(None, "keep the training images on the devices; None: on accelerators, where they fit")
     shift: int = documented(0, "random pad-and-crop, in pixels (papers: 4 on CIFAR)")
     flip: bool = documented(False, "random horizontal flips")
+    cutout: int = documented(0, "side in pixels of a random square of zeros; 0: none")
+    mixing: str = documented("none", '"mixup" or "cutmix": each image with another one of the batch, labels likewise; "none"')
+    mixing_alpha: float = documented(1.0, "of the Beta(alpha, alpha) distribution of mixing weights")
+    mixing_probability: float = documented(1.0, "probability that an image is mixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +135,9 @@ class Config:
     def build_method(self) -> distillation.Method:
         options = dataclasses.asdict(self.method)
         return distillation.method(options.pop("name"), **options)
+
+    def build_augmentation(self) -> Augmentation:
+        return Augmentation(**{field.name: getattr(self.data, field.name) for field in dataclasses.fields(Augmentation)})
 
     def steps(self, train_examples: int) -> int:
         """Returns the length of training in steps."""
@@ -350,7 +367,8 @@ def _check(config: Config) -> None:
     need(config.dtype in ("float32", "bfloat16"), "dtype", '"float32" or "bfloat16"')
     need(config.data.examples is None or config.data.examples > 0, "data.examples", "above 0, or None for all images")
     need(0 < config.data.validation_fraction < 1, "data.validation_fraction", "between 0 and 1")
-    need(config.data.shift >= 0, "data.shift", "0 or above")
+    need(config.data.selection in ("validation", "last", "test"), "data.selection", '"validation", "last" or "test"')
+    need(0 < config.data.extra_fraction < 1, "data.extra_fraction", "between 0 and 1")
     need(config.attack.steps > 0, "attack.steps", "above 0")
     need(optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
     need(0 <= optimizer.momentum < 1, "optimizer.momentum", "in [0, 1)")
@@ -378,6 +396,11 @@ def _check(config: Config) -> None:
         threat, method = config.threat.build(), config.build_method()
     except InputError as error:
         raise InputError(f"config.{error}") from None  # both begin with the field
+    try:
+        augmentation = config.build_augmentation()
+    except InputError as error:
+        raise InputError(f"config.data.{error}") from None
+    check_mixing(method, augmentation)
     try:
         threat.check_step_size(config.attack.step_size)
     except InputError as error:

@@ -30,3 +30,8 @@ def suggest(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f'did you mean "{close[0]}"? ' if close else ""
     return f"{hint}known: {', '.join(known)}"
+
+
+def one_line(error: Exception) -> str:
+    """Returns an error's type and message on one line of 200 characters at most, for a message of our own."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,8 +1,12 @@
-"""Files and directories that a kill leaves either old or new, never half, and arrays read from .npz files of anybody's."""
+"""Files and directories that a kill leaves either old or new, never half, and arrays read from .npz files of anybody's.
+
+And a lock, for what several processes would rather do once than each.
+"""
 
 import contextlib
 import errno
 import glob
+import hashlib
 import os
 import pathlib
 import shutil
@@ -12,12 +16,17 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
 import numpy as np
 
 from jaxrd.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _STARTED = time.time()
 
@@ -51,6 +60,22 @@ def read_arrays(path: str | pathlib.Path, names: Iterable[str]) -> dict[str, np.
             return {name: file[name] for name in names}
 
 
+def array_shapes(path: str | pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Returns the name and shape of each array in an .npz file, from its headers alone.
+
+    Raises:
+      FileNotFoundError: no such file.
+      Exception: whatever zip and NumPy raise where it is damaged.
+    """
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shapes = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as file:
+                shapes[name.removesuffix(".npy")], _, _ = readers[np.lib.format.read_magic(file)](file)
+    return shapes
+
+
 @contextlib.contextmanager
 def appearing(target: pathlib.Path, *, directory: bool = False) -> Iterator[pathlib.Path]:
     """Yields a path beside `target`, which takes its name once the block has ended; where that fails nothing is left of it.
@@ -70,7 +95,7 @@ def appearing(target: pathlib.Path, *, directory: bool = False) -> Iterator[path
         for left in place.parent.glob(f"{glob.escape(prefix)}*"):
             if not _in_use(left, left.name.removeprefix(prefix).partition("-")[0]):
                 shutil.rmtree(left, ignore_errors=True)
-        with _termination_raised():
+        with termination_raised():
             workplace = pathlib.Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place.parent))
             temporary = workplace / place.name
             if directory:
@@ -91,6 +116,67 @@ def appearing(target: pathlib.Path, *, directory: bool = False) -> Iterator[path
     finally:
         if workplace:
             _remove(workplace)
+
+
+@contextlib.contextmanager
+def alone(lock: pathlib.Path, waiting: Callable[[str], object] = lambda holder: None) -> Iterator[bool]:
+    """Lets one at a time into the block, of all threads and processes, on every machine that sees the file.
+
+    Whoever dies inside lets the next one in. The file is gone when nobody is inside.
+
+    Args:
+      lock: path of a file that serves for nothing else; its directory is made where it does not exist.
+      waiting: is told who is inside before this one waits for them: "process 17 on tpu-3".
+
+    Yields:
+      False where the file system knows no locks, so that somebody else may be inside as well; True elsewhere.
+
+    Raises:
+      OSError: the file cannot be made.
+    """
+    descriptor, held = _locked(lock, waiting)
+    try:
+        yield held
+    finally:
+        if held:
+            lock.unlink(missing_ok=True)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not suffice where a forked process has it open too
+        os.close(descriptor)
+
+
+def _locked(lock: pathlib.Path, waiting: Callable[[str], object]) -> tuple[int, bool]:
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            try:
+                if fcntl is None:
+                    return descriptor, False
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting(os.pread(descriptor, 300, 0).decode(errors="replace") or "another process")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError:
+                return descriptor, False
+            # The one who was inside has removed the file, perhaps: then a newer one of that name counts.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                    os.truncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                    return descriptor, True
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def sha256(path: str | pathlib.Path) -> str:
+    """Returns the SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(directory: pathlib.Path) -> None:
@@ -126,7 +212,7 @@ def _in_use(left: pathlib.Path, process: str) -> bool:
 
 
 @contextlib.contextmanager
-def _termination_raised() -> Iterator[None]:
+def termination_raised() -> Iterator[None]:
     """Makes SIGTERM an exception, so that what is half-written is removed; in the main thread, the only one that may."""
     def leave(number, _):
         raise SystemExit(128 + number)

@@ -1,12 +1,15 @@
 """Per-example functions of logits: what attacks maximise and what losses are made of.
 
 Every function takes logits [batch, classes] and returns [batch]; the train step alone takes means. Where two distributions
-meet, the target comes first.
+meet, the target comes first. Labels are int [batch]; where it says so, also soft ones, floating [batch, classes], the
+probability of each class.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
+
+from jaxrd.errors import InputError
 
 Array = jax.Array
 
@@ -15,14 +18,31 @@ _MASK = 1e9
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Returns -log softmax(logits)[label].
+    """Returns -log softmax(logits)[label], or -sum_c q_c log softmax(logits)_c for soft labels q.
 
     Args:
       logits: [batch, classes].
-      labels: [batch] int, in [0, classes).
+      labels: [batch] int, in [0, classes), or [batch, classes] floating, rows that sum to 1.
     """
-    _check(logits, labels)
-    return -_at(jax.nn.log_softmax(logits), labels)
+    return -expectation(jax.nn.log_softmax(logits), labels)
+
+
+def expectation(values: Array, labels: Array) -> Array:
+    """Returns values[label], or sum_c q_c values_c for soft labels q.
+
+    Args:
+      values: [batch, classes], one for each class.
+      labels: [batch] int, in [0, classes), or [batch, classes] floating, rows that sum to 1.
+
+    Raises:
+      InputError: labels of another dtype.
+    """
+    if jnp.ndim(labels) == 2:
+        chex.assert_equal_shape([values, labels])
+        _check_dtype(labels, jnp.floating)
+        return jnp.sum(labels * values, axis=-1)
+    _check(values, labels)
+    return _at(values, labels)
 
 
 def boosted_cross_entropy(logits: Array, labels: Array) -> Array:
@@ -128,8 +148,12 @@ def correct(logits: Array, labels: Array) -> Array:
 
     Args:
       logits: [batch, classes].
-      labels: [batch] int, in [0, classes).
+      labels: [batch] int, in [0, classes), or [batch, classes] floating: then the likeliest class counts as the true one.
     """
+    if jnp.ndim(labels) == 2:
+        chex.assert_equal_shape([logits, labels])
+        _check_dtype(labels, jnp.floating)
+        labels = jnp.argmax(labels, axis=-1)
     _check(logits, labels)
     return jnp.argmax(logits, axis=-1) == labels
 
@@ -145,6 +169,18 @@ def _probability_difference(target_logits: Array, logits: Array) -> Array:
 
 
 def _check(logits: Array, labels: Array, classes: int = 2) -> None:
+    if jnp.ndim(labels) == 2 and jnp.issubdtype(jnp.result_type(labels), jnp.floating):
+        raise InputError(
+            f"labels are soft, {jnp.result_type(labels)}{list(labels.shape)}, where one true class per image is needed; pass "
+            "int [batch] (in training: set --config.data.mixing=none)")
     chex.assert_rank([logits, labels], [2, 1])
+    _check_dtype(labels, jnp.integer)
     chex.assert_equal_shape_prefix([logits, labels], 1)
     chex.assert_axis_dimension_gteq(logits, 1, classes)
+
+
+def _check_dtype(labels: Array, kind: type) -> None:
+    if not jnp.issubdtype(jnp.result_type(labels), kind):
+        raise InputError(
+            f"labels are {jnp.result_type(labels)}{list(labels.shape)}; pass int [batch], in [0, classes), or, where they may "
+            "be soft, floating [batch, classes], rows that sum to 1")

@@ -7,6 +7,7 @@ its architecture: --teacher_model=resnet6_w32.
 
     python -m launch.benchmark --config=configs/digits.py:ard+igdm --methods=pgd_at,ard,adaad,path      steps side by side
     python -m launch.benchmark --config=configs/digits.py:ard --attacks=apgd-ce,apgd-t,fab-t,square     AutoAttack, images/s
+    python -m launch.benchmark --config=configs/cifar10.py:rslad --input=32x32x3                        input alone, images/s
 """
 
 import atexit
@@ -29,6 +30,9 @@ _METHODS = flags.DEFINE_list(
     "methods", None, "Time whole steps of these methods, side by side, instead of the parts of one.")
 _ATTACKS = flags.DEFINE_list(
     "attacks", None, "Time these attacks of AutoAttack on the student: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.")
+_INPUT = flags.DEFINE_string(
+    "input", None, 'Time the input alone: "data" for the images of the config, or 50,000 random ones of a shape, such as '
+    "32x32x3; batch size and augmentation are the config's.")
 
 
 def main() -> None:
@@ -37,6 +41,8 @@ def main() -> None:
         compare(config, [name.strip() for name in _METHODS.value])
     elif _ATTACKS.value:
         attacks_on(config, [name.strip() for name in _ATTACKS.value])
+    elif _INPUT.value:
+        input_of(config)
     else:
         parts_of(config)
 
@@ -52,7 +58,7 @@ def compare(config, names: list[str]) -> None:
     for name in names:
         # Through `from_dict`, which checks them.
         own = Config.from_dict(config.to_dict() | {"method": {**config.to_dict()["method"], "name": name, "igdm": None}})
-        recipe, teacher_variables, state, batch = _prepare(own, mesh)
+        recipe, teacher_variables, state, batch, _ = _prepare(own, mesh)
         began = time.perf_counter()
         train_step = steps.make_train_step(recipe, mesh).lower(state, teacher_variables, batch).compile()
         running[name] = [train_step, state, teacher_variables, batch, time.perf_counter() - began, []]
@@ -134,6 +140,71 @@ def attacks_on(config, names: list[str]) -> None:
     print(f"  {'all':<12}{'':>25}{1e3 * total:>14.2f}{1 / total:>10,.1f}")
 
 
+def input_of(config) -> None:
+    """Prints how many images a second reach the step: gathered, brought to the devices and augmented, with no step behind."""
+    import jax
+    import numpy as np
+
+    from jaxrd import data
+    from jaxrd.data.augment import augment
+    from jaxrd.threat import example_keys
+    from jaxrd.training import loop, parallel
+    from jaxrd.training.feeding import Feeder
+
+    mesh, batch_size = parallel.data_mesh(), config.training.batch_size
+    parallel.check_batch_size("config.training.batch_size", batch_size, mesh)
+    if _INPUT.value == "data":
+        _, source = loop.open_data(config)
+    else:
+        generator = np.random.default_rng(0)
+        images = generator.integers(0, 256, (50_000, *_shape(_INPUT.value)), dtype=np.uint8)
+        source = data.from_arrays(images, generator.integers(10, size=50_000), classes=10)
+    augmentation = dataclasses.replace(config.build_augmentation(), mixing="none")
+    key, batches = jax.random.key(0), max(50_000 // batch_size, 1)
+
+    @jax.jit
+    def augmented(key, step, images):
+        return augment(augmentation, example_keys(jax.random.fold_in(key, step), batch_size), images)
+
+    def feeder(first):
+        return Feeder(source, mesh, seed=0, batch_size=batch_size, first=first, resident=config.data.resident)
+
+    def seconds_per_batch(pipeline) -> float:
+        results, seconds = [], []
+        with feeder(0) as batch_stream:
+            for _ in range(_repeats(7) + 1):
+                began = time.perf_counter()
+                for step in range(batches):
+                    results = [*results[-2:], pipeline(step, batch_stream)]
+                    jax.block_until_ready(results[0])
+                jax.block_until_ready(results)
+                seconds.append((time.perf_counter() - began) / batches)
+        return statistics.median(seconds[1:])
+
+    with feeder(0) as batch_stream:
+        one = next(batch_stream)["images"]
+        resident = batch_stream.resident
+    times = {
+        "gathered and brought there": seconds_per_batch(lambda step, stream: next(stream)["images"]),
+        "augmented": seconds_per_batch(lambda step, stream: augmented(key, step, one)),
+        "both, as in training": seconds_per_batch(lambda step, stream: augmented(key, step, next(stream)["images"]))}
+    print(f"{len(source):,} images {'x'.join(map(str, source.image_shape))} {source.images.dtype}, batch {batch_size}, shift "
+          f"{augmentation.shift}, flip {augmentation.flip}, cutout {augmentation.cutout}, "
+          f"{'resident on' if resident else 'brought to'} {mesh.size} {jax.default_backend()} device(s), {os.cpu_count()} cores, "
+          f"medians of {_repeats(7)} times {batches} batches")
+    for name, seconds in times.items():
+        print(f"  {name:<32}{1e3 * seconds:9.3f} ms a batch {batch_size / seconds:>12,.0f} images/s")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    from jaxrd.errors import InputError
+
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise InputError(f'--input={text} is neither "data" nor a shape; write it as in 32x32x3: height, width, channels')
+    return tuple(map(int, parts))
+
+
 def _use_fresh_cache() -> None:
     """Has compiled programs kept in a directory of this process alone."""
     import jax
@@ -149,7 +220,7 @@ def _repeats(default: int = 30) -> int:
 
 
 def _prepare(config, mesh):
-    """Returns (recipe, teacher's variables, state, batch) of a configuration, on the devices."""
+    """Returns (recipe, teacher's variables, state, batch, source) of a configuration, on the devices."""
     import jax
 
     from jaxrd import models
@@ -160,12 +231,20 @@ def _prepare(config, mesh):
     teacher_model = None
     if _TEACHER_MODEL.value:
         teacher_model = models.create(_TEACHER_MODEL.value, classes=source.classes, image_shape=source.image_shape)
-    recipe, teacher_variables = loop.build_recipe(config, dataset, len(source), mesh, teacher=teacher_model)
+    recipe, teacher_variables = loop.build_recipe(config, dataset, source.epoch, mesh, teacher=teacher_model)
     state = jax.device_put(
         states.create(recipe.student, recipe.optimizer, jax.random.key(config.seed),
                       weight_average=recipe.weight_average > 0), parallel.replicated(mesh))
-    batch = parallel.put_batch(source.batch(source.indices(config.seed, 0, config.training.batch_size)), mesh)
-    return recipe, teacher_variables, state, batch
+    with _feeder(config, source, recipe, mesh) as batches:
+        batch = next(batches)
+    return recipe, teacher_variables, state, batch, source
+
+
+def _feeder(config, source, recipe, mesh):
+    from jaxrd.training.feeding import Feeder
+
+    return Feeder(source, mesh, seed=config.seed, batch_size=config.training.batch_size,
+                  partners=recipe.augmentation.mixes, resident=config.data.resident)
 
 
 def parts_of(config) -> None:
@@ -176,7 +255,7 @@ def parts_of(config) -> None:
     from jaxrd.training import parallel, step as steps
 
     mesh = parallel.data_mesh()
-    recipe, teacher_variables, state, batch = _prepare(config, mesh)
+    recipe, teacher_variables, state, batch, source = _prepare(config, mesh)
     key = jax.random.key(1)
 
     def compile_step():
@@ -189,20 +268,20 @@ def parts_of(config) -> None:
     _, cached = compile_step()
 
     # Each part on the outputs of the one before.
-    augment = jax.jit(lambda key, images: steps.augment(recipe, key, images))
+    augment = jax.jit(lambda key, batch: steps.augment(recipe, key, batch))
     attack = jax.jit(lambda *inputs: steps.attack(recipe, *inputs))
     teacher = jax.jit(lambda *inputs: steps.teacher_logits(recipe, *inputs))
     gradients_of = jax.jit(lambda *inputs: steps.gradients_of(recipe, *inputs))
     update = jax.jit(lambda *inputs: steps.update(recipe, *inputs))
-    images = augment(key, batch["images"])
-    views, teacher_clean = attack(key, state, teacher_variables, images, batch["labels"])
-    logits = teacher(teacher_variables, views, teacher_clean, batch["labels"])
-    gradients, batch_stats, _ = gradients_of(state, views, logits, batch["labels"])
+    images, labels = augment(key, batch)
+    views, teacher_clean = attack(key, state, teacher_variables, images, labels)
+    logits = teacher(teacher_variables, views, teacher_clean, labels)
+    gradients, batch_stats, _ = gradients_of(state, views, logits, labels)
     parts = {
-        "augmentation": (augment, key, batch["images"]),
-        f"attack ({recipe.inner.steps} steps)": (attack, key, state, teacher_variables, images, batch["labels"]),
-        "teacher": (teacher, teacher_variables, views, teacher_clean, batch["labels"]),
-        "student loss and gradient": (gradients_of, state, views, logits, batch["labels"]),
+        "augmentation": (augment, key, batch),
+        f"attack ({recipe.inner.steps} steps)": (attack, key, state, teacher_variables, images, labels),
+        "teacher": (teacher, teacher_variables, views, teacher_clean, labels),
+        "student loss and gradient": (gradients_of, state, views, logits, labels),
         "optimiser and weight average": (update, state, gradients, batch_stats),
     }
     if not recipe.method.needs_teacher:
@@ -211,10 +290,12 @@ def parts_of(config) -> None:
 
     def whole():
         nonlocal state
-        state, metrics = train_step(state, teacher_variables, batch)
+        state, metrics = train_step(state, teacher_variables, next(batches))
         jax.block_until_ready(metrics)
 
-    total = _median(whole)
+    with _feeder(config, source, recipe, mesh) as batches:
+        total = _median(whole)
+        waited = batches.waited / (_repeats() + 1)
     # XLA counts the body of a loop once: only where attacks are unrolled does the figure hold.
     unrolled = attacks.loop_unroll() is True
     flops = (train_step.cost_analysis() or {}).get("flops", 0.0) if unrolled else 0.0
@@ -224,6 +305,7 @@ def parts_of(config) -> None:
         print(f"  {name:<32}{1e3 * seconds:9.2f} ms")
     print(f"  {'whole step':<32}{1e3 * total:9.2f} ms   {config.training.batch_size / total:,.0f} images/s"
           + (f", {flops / total / 1e9:,.1f} GFLOP/s" if flops else ""))
+    print(f"  {'waiting for input, of it':<32}{1e3 * waited:9.3f} ms   {waited / total:.2%}")
     print(f"  {'compilation':<32}{cold:9.2f} s    {cached:.2f} s from the persistent cache")
 
 

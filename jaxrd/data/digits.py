@@ -1,24 +1,25 @@
 """scikit-learn's handwritten digits as a TensorFlow Datasets builder that needs neither TensorFlow nor a network."""
 
-import contextlib
-import io
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jaxrd.data import publication
+from jaxrd.data.array_builder import VERSION, OfflineInfo, QuietBuilder
 from jaxrd.data.source import stratified_order
-from jaxrd.errors import InputError
 
 SPLITS = {"train": 1000, "validation": 197, "test": 600}
 _SPLIT_SEED = 1797
 
 
-def prepare(root: pathlib.Path) -> pathlib.Path:
+def prepare(root: pathlib.Path, say: Callable[[str], object] = lambda line: None) -> pathlib.Path:
     """Prepares the digits unless they are there; safe when several processes do so at once or one is killed half-way.
 
     Args:
       root: where TFDS keeps its data sets.
+      say: is given what happens, line by line.
 
     Returns:
       The directory of the prepared data set.
@@ -26,19 +27,14 @@ def prepare(root: pathlib.Path) -> pathlib.Path:
     Raises:
       InputError: if `root` cannot be written.
     """
-    path = root / JaxrdDigits.name / str(JaxrdDigits.VERSION)
-    if path.exists():
-        return path
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            JaxrdDigits(file_format="array_record", data_dir=root).download_and_prepare()
-    except OSError as error:
-        # TFDS writes to a directory of its own and renames it at the end, which fails where another process was first.
-        if not path.exists():
-            reason = " ".join(str(error).split())
-            raise InputError(f"{path}: the digits cannot be prepared ({reason}): pass another directory") from error
-    return path
+    def build(empty, kept):
+        del kept
+        tfds.disable_progress_bar()
+        builder = JaxrdDigits(file_format="array_record", data_dir=empty)
+        builder.download_and_prepare()
+        return pathlib.Path(builder.data_dir), {}
+
+    return publication.publish(JaxrdDigits.name, VERSION, root, publication.Origin("digits", VERSION), build, say)
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -71,18 +67,8 @@ def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.sort(part) for name, part in zip(SPLITS, np.split(order, ends[:-1]), strict=True)}
 
 
-class OfflineInfo(tfds.core.DatasetInfo):
-    """TFDS's `DatasetInfo` without the look into a public bucket that every builder makes before it is prepared."""
-
-    def initialize_from_bucket(self) -> None:
-        """Does nothing."""
-
-
-class JaxrdDigits(tfds.core.GeneratorBasedBuilder):
+class JaxrdDigits(QuietBuilder):
     """1,797 grey 8x8 images of handwritten digits: 1,000 to train, 197 to validate, 600 to test."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}
 
     def _info(self) -> tfds.core.DatasetInfo:
         return OfflineInfo(

@@ -42,7 +42,7 @@ def path_weights(
     Args:
       start_logits: [batch, classes], of the points that the paths start from.
       path_logits: [steps, batch, classes].
-      labels: [batch] int, the true classes of the starts.
+      labels: [batch] int, the true classes of the starts, which "drop" and "boundary" look at.
       scheme: as above.
       teacher_logits: [batch, classes] or [steps, batch, classes], what "gap" measures from.
       scale: in logits for "boundary", in nats for "gap"; above 0.
@@ -55,7 +55,9 @@ def path_weights(
       InputError: an unknown scheme, or "gap" without a teacher.
     """
     choose("path weights", scheme, SCHEMES)
-    chex.assert_rank([start_logits, path_logits, labels], [2, 3, 1])
+    chex.assert_rank([start_logits, path_logits], [2, 3])
+    if scheme in ("drop", "boundary"):
+        chex.assert_rank(labels, 1)
     chex.assert_equal_shape([start_logits, path_logits[0]])
     steps, batch, _ = path_logits.shape
 

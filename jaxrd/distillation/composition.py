@@ -19,7 +19,7 @@ from jaxrd.errors import InputError
 
 Array = jax.Array
 Logits = Mapping[str, Array]  # view name -> logits [batch, classes], or what the view's readout gives
-Loss = Callable[[Logits, Logits, Array], Array]  # (student, teacher, labels [batch]) -> [batch]
+Loss = Callable[[Logits, Logits, Array], Array]  # (student, teacher, labels) -> [batch]
 Ramp = Callable[[Array], Array]  # training progress in (0, 1] -> factor
 
 
@@ -29,11 +29,13 @@ class Term:
 
     Attributes:
       name: its name in the metrics.
-      loss: (student logits by view, teacher logits by view, labels [batch]) -> [batch].
+      loss: (student logits by view, teacher logits by view, labels) -> [batch]. The labels are int32 [batch], or soft,
+        float32 [batch, classes], where training mixes images.
       student: views whose student logits it reads.
       teacher: views whose teacher logits it reads.
       weight: its factor in the sum.
       ramp: training progress in (0, 1] -> a further factor.
+      hard_labels: it is defined for one true class per image only.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Term:
     teacher: tuple[str, ...] = ()
     weight: float = 1.0
     ramp: Ramp = jnp.ones_like
+    hard_labels: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +53,13 @@ class Monitor:
 
     Attributes:
       name: its name in the metrics.
-      value: (student logits by view, teacher logits by view, labels [batch]) -> [batch].
+      value: (student logits by view, teacher logits by view, labels) -> [batch], as a term's loss.
+      hard_labels: as a term's.
     """
 
     name: str
     value: Loss
+    hard_labels: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +134,11 @@ class Method:
         return self.attack.teacher_gradient or any(view.readout is not None for view in self.teacher_views)
 
     @property
+    def hard_labels(self) -> bool:
+        """Whether the method is defined for one true class per image only, so that images cannot be mixed."""
+        return any(part.hard_labels for part in (self.attack, *self.terms, *self.monitors))
+
+    @property
     def batch_norm_sets(self) -> int:
         """How many sets of BatchNorm the student must have."""
         return 1 + max((view.batch_norm_set for view in self.student_views), default=0)
@@ -139,7 +149,7 @@ class Method:
         Args:
           student: logits [batch, classes] by view.
           teacher: likewise; empty without a teacher.
-          labels: [batch] int32.
+          labels: [batch] int32, or soft ones, [batch, classes] float32.
           progress: scalar in (0, 1], the fraction of training that this step completes.
 
         Returns:

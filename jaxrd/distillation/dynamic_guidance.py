@@ -25,6 +25,7 @@ def misclassified(teacher_logits: Array, labels: Array) -> Array:
     Returns:
       [batch] bool.
     """
+    chex.assert_rank([teacher_logits, labels], [2, 1])
     return ~objectives.correct(teacher_logits, labels)
 
 

@@ -90,8 +90,8 @@ def gradient_matching(
       student_fn: images -> logits, examples independent of each other.
       teacher_fn: images -> logits.
       images: [batch, h, w, c].
-      labels: [batch] int, in [0, classes).
-      scalar: "probability" or "logit" of the true class, or "cross_entropy".
+      labels: [batch] int, in [0, classes), or soft ones, [batch, classes] floating.
+      scalar: "probability" or "logit" of the true class, or "cross_entropy"; the first two are expectations under soft labels.
       distance: "l2" norm of the difference, "squared_l2", or "cosine" (1 - cosine similarity).
 
     Returns:
@@ -108,11 +108,12 @@ def input_gradients(logits_fn: LogitsFn, images: Array, labels: Array, scalar: s
     Args:
       logits_fn: images -> logits [batch, classes], examples independent of each other.
       images: [batch, h, w, c] float32.
-      labels: [batch] int.
-      scalar: "probability" (the softmax's) or "logit" of the true class, or "cross_entropy".
+      labels: [batch] int, or soft ones, [batch, classes] floating.
+      scalar: "probability" (the softmax's) or "logit" of the true class, or "cross_entropy"; the first two are expectations
+        under soft labels.
     """
     choose("gradient_matching scalar", scalar, SCALARS)
-    chex.assert_rank([images, labels], [4, 1])
+    chex.assert_rank(images, 4)
     return jax.grad(lambda images: jnp.sum(SCALARS[scalar](logits_fn(images), labels)))(images)
 
 
@@ -126,10 +127,16 @@ def gradient_cosine(a: Array, b: Array) -> Array:
     return jnp.clip(jnp.sum(_unit(a) * _unit(b), axis=1), -1.0, 1.0)
 
 
+def _probability(logits: Array, labels: Array) -> Array:
+    if jnp.ndim(labels) == 2:
+        return objectives.expectation(jax.nn.softmax(logits), labels)
+    return jnp.exp(-objectives.cross_entropy(logits, labels))
+
+
 # (logits, labels) -> [batch]
 SCALARS = {
-    "probability": lambda logits, labels: jnp.exp(-objectives.cross_entropy(logits, labels)),
-    "logit": lambda logits, labels: jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0],
+    "probability": _probability,
+    "logit": objectives.expectation,
     "cross_entropy": objectives.cross_entropy,
 }
 

@@ -54,7 +54,7 @@ class Context:
 
     Attributes:
       images: [batch, h, w, c] float32.
-      labels: [batch] int32.
+      labels: [batch] int32, or soft ones, [batch, classes] float32.
       student: images -> logits.
       teacher: images -> logits, differentiable with respect to the images; None without a teacher.
       teacher_clean: [batch, classes], the teacher's logits on `images`, where the attack asked for them.
@@ -79,6 +79,7 @@ class Attack:
       teacher: the attack needs a teacher at all.
       teacher_gradient: it climbs through the teacher, which then needs an input gradient.
       two_classes: a batch must hold images of two classes at least.
+      hard_labels: it is defined for one true class per image only.
     """
 
     generate: Callable[[Array, Context, InnerMaximisation], dict[str, Array]]
@@ -86,6 +87,7 @@ class Attack:
     teacher: bool = False
     teacher_gradient: bool = False
     two_classes: bool = False
+    hard_labels: bool = False
 
 
 def pgd_attack(
@@ -180,7 +182,8 @@ def path_attack(
 
     return Attack(
         generate, teacher_on_clean=teacher_on_clean, teacher=teacher_on_clean or inner_loss != "cross_entropy",
-        teacher_gradient=inner_loss == "teacher_moving", two_classes=targeted and targeted_start == "negative_image")
+        teacher_gradient=inner_loss == "teacher_moving", two_classes=targeted and targeted_start == "negative_image",
+        hard_labels=targeted)
 
 
 def with_random_direction(attack: Attack) -> Attack:

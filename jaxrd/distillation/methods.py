@@ -63,8 +63,8 @@ def mart(beta: float = 5.0) -> Method:
     return Method("mart", cross_entropy_attack("gaussian"), (CLEAN, ADVERSARIAL), weighted(
         Term("boosted_cross_entropy",
              lambda student, teacher, labels: objectives.boosted_cross_entropy(student["adversarial"], labels),
-             student=("adversarial",)),
-        Term("self_distillation", doubtful, student=("clean", "adversarial"), weight=beta)))
+             student=("adversarial",), hard_labels=True),
+        Term("self_distillation", doubtful, student=("clean", "adversarial"), weight=beta, hard_labels=True)))
 
 
 # With a teacher whose output on the clean image is the target, or part of it.
@@ -212,16 +212,16 @@ def dgad(
 
     student, asked = ("clean", "adversarial"), ("clean", *(["adversarial"] if attack == "adaad" else []))
     pcr = dynamic_guidance.predictive_consistency if consistency == "mse" else objectives.l2_distance
-    terms = (Term("distillation_product", multiplied, student, asked, weight=scale),) if product else (
-        Term("distillation_clean", on_clean, ("clean",), ("clean",), weight=scale),
-        Term("distillation_adversarial", on_adversarial, ("adversarial",), asked, weight=scale))
+    terms = (Term("distillation_product", multiplied, student, asked, weight=scale, hard_labels=True),) if product else (
+        Term("distillation_clean", on_clean, ("clean",), ("clean",), weight=scale, hard_labels=True),
+        Term("distillation_adversarial", on_adversarial, ("adversarial",), asked, weight=scale, hard_labels=True))
     consistency_term = Term(
         "consistency", lambda student, teacher, labels: pcr(student["adversarial"], student["clean"]), student, weight=beta)
-    monitors = [Monitor("partitioned", lambda student, teacher, labels: wrong(teacher, labels))]
+    monitors = [Monitor("partitioned", lambda student, teacher, labels: wrong(teacher, labels), hard_labels=True)]
     if correction != "none" and attack == "adaad":
         # Of the whole batch; what is partitioned off is distilled on the clean image and its swap counted there.
         monitors.append(Monitor("swapped/adversarial", lambda student, teacher, labels: (
-            dynamic_guidance.misclassified(teacher["adversarial"], labels) & ~wrong(teacher, labels))))
+            dynamic_guidance.misclassified(teacher["adversarial"], labels) & ~wrong(teacher, labels)), hard_labels=True))
     base = teacher_moving_attack() if attack == "adaad" else teacher_fixed_attack()
     return Method("dgad", base, (CLEAN, ADVERSARIAL), weighted(*terms, consistency_term), tuple(monitors))
 
@@ -245,8 +245,9 @@ def _introspective(name, attack, target, temperature, alpha, beta, warmup, weigh
 
     own = Term(
         "introspection", introspection_loss, student=("clean", "adversarial"),
-        teacher=tuple({target: None, "adversarial": None}), weight=alpha, ramp=lambda progress: 1.0 * (progress > warmup))
+        teacher=tuple({target: None, "adversarial": None}), weight=alpha, ramp=lambda progress: 1.0 * (progress > warmup),
+        hard_labels=True)
     reliable = Monitor("reliability", lambda student, teacher, labels: introspection.reliability(
-        teacher["adversarial"], labels, beta))
+        teacher["adversarial"], labels, beta), hard_labels=True)
     return Method(
         name, attack, (ADVERSARIAL, CLEAN), weighted(from_teacher, own, cross_entropy("clean", 1 - alpha)), (reliable,))

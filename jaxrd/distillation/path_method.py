@@ -108,7 +108,7 @@ def path(
                     result, adversarial_path.hinge_bound(hinge, logits.shape[-1], align_distance))
             return result
 
-        return {"loss": loss, "student": student_views, "teacher": teacher_views}
+        return {"loss": loss, "student": student_views, "teacher": teacher_views, "hard_labels": looks}
 
     untargeted = (*(f"path/{number}" for number in range(1, points)), "adversarial")
     views = branch(untargeted, CLEAN, 0)

@@ -1,7 +1,6 @@
 """The evaluation of one run directory: attacks, gradient alignment, a gallery, and evaluation.json, which holds them all."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -9,17 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-import jaxrd
 from jaxrd import models
-from jaxrd.config import Config
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError
-from jaxrd.evaluation import robustness
+from jaxrd.evaluation import other_data, record, robustness
 from jaxrd.evaluation.plots import is_number
-from jaxrd.models.batch_norm_sets import select_set
+from jaxrd.evaluation.subject import Subject
 from jaxrd.training import checkpoint, parallel
 from jaxrd.training.checks import check_teacher
-from jaxrd.training.log import read_metrics, write_json
+from jaxrd.training.log import read_metrics
 from jaxrd.training.loop import open_data
 
 ATTACKS = "clean,fgsm,pgd20,cw30,autoattack"
@@ -32,7 +29,7 @@ _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # in units of the run's ep
 @jax.default_matmul_precision("highest")
 def evaluate(
     workdir: str | pathlib.Path,
-    attacks: str | list[str] = ATTACKS,
+    attacks: str | list[str] | None = None,
     *,
     step: str | int = "last",
     split: str = "test",
@@ -40,6 +37,9 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     curve: str = "pgd20",
+    data: str | list[str] = "",
+    data_directory: str | pathlib.Path | None = None,
+    examples: int | None = None,
     devices: list | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -49,134 +49,129 @@ def evaluate(
     threat model and seed with other attacks stays in the file. A cascade (autoattack, ...) records its finished batches in
     evaluation/NAME-SPLIT-stepSTEP-seedSEED, goes on from there when it was killed, and leaves its adversarial images there.
 
+    With `data`, the attacks run on the test images of other data sets instead. Each has a record of its own under "other_data"
+    in evaluation.json, which otherwise stays as it is; an attack that is on record for the same weights, images and terms is
+    not run again, so a call that was killed goes on.
+
     Args:
       workdir: a run directory with a finished checkpoint.
-      attacks: names in `robustness.PROTOCOLS` and `robustness.CASCADES`, comma-separated or a list.
+      attacks: names in `robustness.PROTOCOLS` and `robustness.CASCADES`, comma-separated or a list; `ATTACKS` by default, with
+        `data` `other_data.ATTACKS`.
       step: "last" (the papers' protocol), "best" by validation PGD accuracy, or a step's number.
       split: "test", or "validation" while choosing anything.
       teacher: run directory to measure the gradient alignment with; by default the run's own teacher, if it has one.
       seed: of the random starts.
       batch_size: images per batch, at most.
-      curve: the attack whose accuracy is measured at several radii, if it is among `attacks`; "none" for no curve.
+      curve: the attack whose accuracy is measured at several radii, if it is among `attacks`; "none" for no curve, as with
+        `data`.
+      data: other data, comma-separated or a list: prepared TFDS data sets ("cifar10_1"), patterns ("cifar10_corrupted/*") and
+        files (images.npz with `images` and `labels`); their classes and image shape must be the model's.
+      data_directory: where TFDS keeps its data sets; by default where the run's configuration says.
+      examples: with `data`, only this many images of each, the first; their record is called NAME[:EXAMPLES].
       devices: devices that share each batch; all by default.
-      say: is given one line per attack, and the progress of cascades.
+      say: is given one line per attack (with `data`, per data set), and the progress of cascades.
+
+    Returns:
+      The record of the run's own data, as it stands in evaluation.json; with `data`, name -> record.
 
     Raises:
       InputError: an unknown attack or split; a run, checkpoint, data set or teacher that is missing or does not fit.
     """
     workdir = pathlib.Path(workdir)
+    if attacks is None:
+        attacks = other_data.ATTACKS if data else ATTACKS
     chosen = robustness.protocols(attacks)
     if curve != "none":
         robustness.protocols(curve)
     if split not in ("test", "validation"):
         raise InputError(f'split is "{split}"; use "test" or "validation"')
+    other_data.check_options(data, split=split, teacher=teacher, examples=examples)
     parallel.check_one_process()
     mesh = parallel.data_mesh(devices)
-    model, variables, origin = checkpoint.restore_model(workdir, step)
-    model = models.create(**model.specification | {"dtype": "float32"})
-    config = Config.from_dict(origin["config"])
-    if origin["imported"] and not (config.data.name or config.data.arrays):
-        raise InputError(f"{workdir}: nothing says which images its weights are of; import them again with --data")
+    subject = Subject.open(workdir, step)
+    if data_directory:
+        section = dataclasses.replace(subject.config.data, directory=str(data_directory))
+        subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, data=section))
+    shared = {"mesh": mesh, "seed": seed, "batch_size": batch_size}
+
+    def tell(line):
+        say(f"{workdir}: {line}")
+
+    if data:
+        return other_data.evaluate(subject, chosen, data, examples, **shared, say=tell)
+    return _evaluate_own(subject, chosen, split, teacher, curve, shared, tell)
+
+
+def _evaluate_own(subject: Subject, chosen, split, teacher, curve, shared, tell) -> dict[str, Any]:
+    """Evaluates on the run's own data, see `evaluate`."""
+    workdir, config, model, variables = subject.workdir, subject.config, subject.model, subject.variables
+    imported, threat = subject.origin["imported"], subject.threat
+    if imported and not (config.data.name or config.data.arrays):
+        raise InputError(f"{workdir}: nothing says which images its weights are of; name test images here with --data, or "
+                         "import them again with --data")
+    if split == "validation" and config.data.selection != "validation":
+        raise InputError(f'split is "validation", but the run held no images out (its data.selection is '
+                         f'"{config.data.selection}"); use "test"')
     dataset, train_source = open_data(config)
     source: Source = getattr(dataset, split)
     if (source.classes, source.image_shape) != (model.classes, model.image_shape):
         raise InputError(
             f"{workdir}: its model takes images {model.image_shape} of {model.classes} classes, {source.name} has "
             f"{source.image_shape} of {source.classes}; evaluate it on the data it was trained on")
-    own_teacher = not teacher and bool(config.teacher)
-    teacher = teacher or config.teacher
-    if teacher and pathlib.Path(teacher).resolve() == workdir.resolve():
-        teacher = ""  # the teacher itself, listed among its students
-    if teacher:  # before the attacks: a missing one should not cost them
-        began_with = origin["teacher_step"] if own_teacher else None
-        try:
-            teacher_model, teacher_variables, teacher_origin = checkpoint.restore_model(
-                teacher, "last" if began_with is None else began_with)
-            teacher_model = models.create(**teacher_model.specification | {"dtype": "float32"})
-            check_teacher(teacher, teacher_model, model)
-            if own_teacher and origin["teacher_file"] != checkpoint.file_of(teacher_origin):
-                raise InputError(f"{teacher} holds other weights now than those that this run was distilled from")
-        except InputError as error:
-            if not own_teacher:
-                raise InputError(f"--teacher: {error}") from None
-            say(f"{workdir}: no gradient alignment: its teacher cannot be read ({error}); name one with --teacher")
-            teacher = ""
-    threat = config.threat.build()
-    shared = {"mesh": mesh, "seed": seed, "batch_size": batch_size}
-
-    def directory_of(name):
-        return workdir / "evaluation" / f"{name}-{split}-step{origin['step']}-seed{seed}"
-
-    def tell(line):
-        say(f"{workdir}: {line}")
-
-    record = {
-        "jaxrd": jaxrd.__version__,
-        "run": {
-            "workdir": str(workdir), "student": config.student,
-            "method": origin["imported"]["name"] if origin["imported"] else config.build_method().name,
-            "parameters": models.parameter_count(select_set(variables, 0, model.batch_norm_sets)),
-            "teacher": config.teacher, "seed": config.seed,
-            "step": origin["step"], "checkpoint": str(step), "weights": origin["weights"], "dtype": "float32"},
-        "data": {"name": source.name.split("/")[0], "split": split, "examples": len(source),
-                 "train_examples": None if origin["imported"] else len(train_source)},
-        "threat": {"norm": threat.norm, "epsilon": threat.epsilon, "bounds": list(threat.bounds)},
-        "seed": seed, "accuracy": {}, "attacks": {}, "seconds": {}, "cascades": {},
-    }
-    _keep_earlier(workdir / "evaluation.json", record)
+    aligned = _open_teacher(subject, teacher, tell)  # before the attacks: a missing one should not cost them
+    found = subject.record({
+        "name": source.name.split("/")[0], "split": split, "examples": len(source),
+        "train_examples": None if imported else len(train_source),
+        # What chose the best checkpoint; of imported weights nobody here knows.
+        "selection": None if imported else config.data.selection}, shared["seed"])
+    path = workdir / "evaluation.json"
+    record.keep_earlier(found, record.read(path))
 
     results = {}
-    for name, protocol in chosen.items():
-        directory = directory_of(name)
-        cascade = isinstance(protocol, robustness.Cascade)
-        result = robustness.run_attack(
-            model, variables, source, protocol, threat, **shared, keep_images=name == _GALLERY_ATTACK,
-            resume=directory if cascade else None, say=tell)
-        results[name] = dataclasses.replace(result, cascade=None)
-        record["accuracy"][name], record["seconds"][name] = result.accuracy, round(result.seconds, 3)
-        record["attacks"][name] = protocol.definition(threat.epsilon)
-        if cascade:
-            result.cascade.save(directory / "result.npz")
-            record["cascades"][name] = _stages(result.cascade) | {"file": str((directory / "result.npz").relative_to(workdir))}
-            tell(f"{name}, stage by stage: " + ", ".join(
-                f"{stage} {accuracy:.1%}" for stage, accuracy in result.cascade.per_attack_accuracy.items()))
+    for name, result in subject.attacked(
+            source, chosen, found, data=split, keep_images_of=_GALLERY_ATTACK, **shared, say=tell):
+        results[name] = result
         tell(f"{name} {result.accuracy:.1%} of {len(source)} {split} images ({result.seconds:.1f} s)")
-        write_json(workdir / "evaluation.json", record)
-    if teacher:
-        record["alignment"] = robustness.gradient_alignment(
-            model, variables, teacher_model, teacher_variables, source, mesh=mesh, batch_size=batch_size)
-        record["alignment"] |= {"teacher": teacher, "teacher_step": teacher_origin["step"]}
+        record.write(path, found)
+    if aligned:
+        teacher, teacher_model, teacher_variables, teacher_step = aligned
+        found["alignment"] = robustness.gradient_alignment(
+            model, variables, teacher_model, teacher_variables, source, mesh=shared["mesh"], batch_size=shared["batch_size"])
+        found["alignment"] |= {"teacher": teacher, "teacher_step": teacher_step}
     if curve in results:
         radii = [part * threat.epsilon for part in _CURVE if threat.norm != "linf" or part * threat.epsilon <= 1]
         known = {threat.epsilon: results[curve].accuracy}
-        record["robustness_curve"] = robustness.robustness_curve(
+        found["robustness_curve"] = robustness.robustness_curve(
             model, variables, source, threat, radii, name=curve, known=known, **shared,
-            resume=directory_of(curve), say=tell)
+            resume=subject.directory(curve, split, shared["seed"]), say=tell)
     if seconds := _seconds_per_step(workdir, config.training.batch_size):
-        record["training"] = {"seconds_per_step": seconds}
+        found["training"] = {"seconds_per_step": seconds}
     _write_gallery(workdir, model, variables, source, threat, results.get(_GALLERY_ATTACK), shared)
-    write_json(workdir / "evaluation.json", record)
-    return record
+    record.write(path, found)
+    return found
 
 
-def _keep_earlier(path, record) -> None:
-    """Takes over what an evaluation of the same model on the same terms measured; a file that cannot be read has nothing."""
+def _open_teacher(subject: Subject, teacher: str, tell) -> tuple[str, models.Model, dict, int] | None:
+    """Returns (directory, model, variables, step) of what to measure the gradient alignment with; None where there is none."""
+    config, origin, workdir = subject.config, subject.origin, subject.workdir
+    own_teacher = not teacher and bool(config.teacher)
+    teacher = teacher or config.teacher
+    # The teacher itself may be listed among its students.
+    if not teacher or pathlib.Path(teacher).resolve() == workdir.resolve():
+        return None
+    began_with = origin["teacher_step"] if own_teacher else None
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        if all(earlier.get(name) == record[name] for name in ("jaxrd", "run", "data", "threat", "seed")):
-            for name in ("accuracy", "attacks", "seconds", "cascades"):
-                record[name] |= earlier[name]
-            record |= {name: earlier[name] for name in ("alignment", "robustness_curve") if name in earlier}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-
-
-def _stages(found) -> dict[str, Any]:
-    """What a cascade came to, stage by stage, for the result file."""
-    return {
-        "stages": found.per_attack_accuracy, "rescored_accuracy": found.rescored_accuracy, "flags": found.flags,
-        "passes": {name: list(pair) for name, pair in found.passes.items()}, "zero_gradients": found.zero_gradients,
-        "seconds": found.seconds}
+        model, variables, found = checkpoint.restore_model(teacher, "last" if began_with is None else began_with)
+        model = models.create(**model.specification | {"dtype": "float32"})
+        check_teacher(teacher, model, subject.model)
+        if own_teacher and origin["teacher_file"] != checkpoint.file_of(found):
+            raise InputError(f"{teacher} holds other weights now than those that this run was distilled from")
+        return teacher, model, variables, found["step"]
+    except InputError as error:
+        if not own_teacher:
+            raise InputError(f"--teacher: {error}") from None
+        tell(f"no gradient alignment: its teacher cannot be read ({error}); name one with --teacher")
+        return None
 
 
 def _seconds_per_step(workdir, batch_size: int) -> float | None:

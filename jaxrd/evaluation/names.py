@@ -1,6 +1,9 @@
-"""What attacks, norms and radii are called in tables and figures, and the order in which attacks stand there."""
+"""What attacks, norms, radii and measures are called in tables and figures, and the order in which attacks stand there."""
 
 import math
+
+ALIGNMENT = {"gradient_cosine": "grad cosine", "gradient_distance": "grad distance"}
+MEASURES = {**ALIGNMENT, "seconds_per_step": "s/step"}  # what is measured besides accuracies, and its heading
 
 _ORDER = ("clean", "fgsm", "mim", "pgd", "cw", "strong", "fast", "autoattack", "autoattack_plus")
 # "fast" is named after its two attacks: half of AutoAttack must not pass for the whole.

@@ -79,6 +79,7 @@ th { vertical-align: bottom; font-weight: 500; font-size: 0.8125rem; color: var(
 tbody tr + tr td { border-top: 1px solid var(--line); }
 abbr { text-decoration: underline dotted var(--line); text-underline-offset: 4px; cursor: help; }
 .sd { color: var(--soft); font-weight: 400; font-size: 0.875em; }
+.wrap { display: inline-block; white-space: normal; overflow-wrap: break-word; min-width: 8em; }
 .best { background: var(--best); font-weight: 650; border-radius: 4px; padding: 3px 5px; margin: 0 -5px; }
 .mark { color: var(--flag); font-weight: 650; line-height: 0; width: 0; display: inline-block;
   position: relative; left: 1px; }

@@ -11,14 +11,16 @@ from html import escape
 from pathlib import Path
 
 from jaxrd.errors import InputError
-from jaxrd.evaluation import cascades, page, plots, tables
-from jaxrd.evaluation.names import attack_name, attack_order, epsilon_text, norm_name
+from jaxrd.evaluation import cascades, page, plots, shift, tables
+from jaxrd.evaluation.names import ALIGNMENT, MEASURES, attack_name, attack_order, epsilon_text, norm_name
+from jaxrd.evaluation.record import OTHER_DATA, short
 from jaxrd.evaluation.runs import (
-    ALIGNMENT, MEASURES, aggregate, collapse, count_text, flat, images_text, is_number, radius_text, read_gallery, read_runs,
-    short, summary, to_rows)
+    aggregate, collapse, count_text, flat, images_text, is_number, members_of, radius_text, read_gallery, read_runs, summary,
+    to_rows)
+from jaxrd.evaluation.shift import table as other_data_table
 from jaxrd.evaluation.tables import markdown_table, table
 
-__all__ = ["aggregate", "markdown_table", "summary", "table", "write"]
+__all__ = ["aggregate", "markdown_table", "other_data_table", "summary", "table", "write"]
 
 _GALLERIES = 4
 
@@ -42,19 +44,21 @@ def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = 
     if path.is_dir():
         raise InputError(f'report path "{path}" is a directory; name a file in it, such as {path / "report.html"}')
     groups = aggregate(to_rows(runs))
-    by_directory = {str(run.workdir): run for run in runs}
-    members = [[by_directory[workdir] for workdir in group["workdirs"]] for group in groups]
+    members = members_of(groups, runs)
     lines = plots.lines([(group["label"], group["method"], group["role"] == "teacher", tuple(part))
                          for group, part in zip(groups, members)])
     chosen, left_out = _choose_galleries(groups, members)
     folder = path.parent / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     if title is None:
-        names = list(dict.fromkeys(row["data"] for row in groups))
-        title = (f"{groups[0]['method']}: {groups[0]['student']} on {groups[0]['data']}" if len(groups) == 1
-                 else f"Robust accuracy on {', '.join(names)}")
+        names = [name for name in dict.fromkeys(row["data"] for row in groups) if name != "?"]
+        on = f" on {', '.join(names)}" if names else ""
+        title = f"{groups[0]['method']}: {groups[0]['student']}{on}" if len(groups) == 1 else f"Robust accuracy{on}"
 
-    sections = [page.section("Results", _results(groups, lines, runs)), *cascades.sections(groups, members, lines)]
+    # Imported weights may have been evaluated on other data alone.
+    other_only = not any("accuracy" in run.evaluation for run in runs) and any(OTHER_DATA in run.evaluation for run in runs)
+    results = "" if other_only else _results(groups, lines, runs)
+    sections = [page.section("Results", results), shift.section(groups, members), *cascades.sections(groups, members, lines)]
     several = any(group["seeds"] > 1 for group in groups)
     loss_note = "Losses of different methods sum different terms, so their heights are not comparable."
     curve_note = "Means over seeds; bands are one standard deviation. " if several else ""
@@ -71,7 +75,8 @@ def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = 
     sections += [page.section("Adversarial images", _galleries(chosen, left_out, folder)),
                  page.section("Definitions", _definitions(groups, runs)),
                  page.section("Settings", _every_run(runs) + _configuration(runs))]
-    versions = sorted({str(run.evaluation["jaxrd"]) for run in runs if "jaxrd" in run.evaluation})
+    records = [record for run in runs for record in (run.evaluation, *run.evaluation.get(OTHER_DATA, {}).values())]
+    versions = sorted({str(record["jaxrd"]) for record in records if "jaxrd" in record})
     footer = f"Evaluated with jaxrd {', '.join(versions)}." if versions else ""
     path.write_text(page.document(title, _statement(groups, runs), sections, footer), encoding="utf-8")
     return path
@@ -86,7 +91,9 @@ def _statement(groups, runs):
     models = _distinct(group["student"] + sizes.get(group["student"], "") for group in students)
     data = _listed(_distinct(group["data"] for group in groups))
     named = _listed(f"<code>{escape(method)}</code>" for method in methods)
-    if len(methods) == 1:
+    if all(group["data"] == "?" for group in groups):  # imported weights that know of no data
+        text = [f"{escape(_listed(models))}: imported weights, {named}."]
+    elif len(methods) == 1:
         text = [f"{escape(_listed(models))}, trained with {named} on {escape(data)}."]
     else:
         text = [f"{len(methods)} methods of training {escape(_listed(models))} on {escape(data)}: {named}."]
@@ -111,7 +118,8 @@ def _statement(groups, runs):
         named = _distinct(teacher for group in students for teacher in group["teachers"])
         if named:
             text.append(f"Teacher (not listed here): {_listed(f'<code>{escape(name)}</code>' for name in named)}.")
-        text.append(f"Training used {_listed(own)} images.")
+        if own != ["-"]:
+            text.append(f"Training used {_listed(own)} images.")
     counts = sorted({group["seeds"] for group in students if group["seeds"]})
     if counts and counts[-1] > 1:
         many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -152,12 +160,26 @@ def _results(groups, lines, runs):
     if any(best.values()):
         notes.append("Marked: the best mean among the students" + (
             " (highest; for the gradient distance, lowest)." if best.get("gradient_distance") else "."))
-    missing = [str(run.workdir) for run in runs if not run.evaluation]
+    missing = [str(run.workdir) for run in runs if "accuracy" not in run.evaluation]
     if missing:
         notes.append(f"Not evaluated: {_listed(missing)}.")
+    notes += _selection_notes(groups)
     shown = page.html_table(header, body, tables.text_columns(columns))
     note = f'<p class="note">{escape(" ".join(notes))}</p>'
     return shown + cascades.flag_box(groups) + note + _differences(groups)
+
+
+def _selection_notes(groups):
+    """Returns what the readers of a table must know where no images were held out of training to choose a checkpoint on."""
+    notes = []
+    for chosen, text in (("last", "trained on all training images, none held out; the last checkpoint counts"),
+                         ("test", "checkpoints were compared on the test images during training")):
+        those = [group for group in groups if group["config"]["data.selection"] == chosen]
+        if those:
+            who = "All runs" if those == groups else _listed(group["label"] for group in those)
+            last = chosen == "test" and not any(group["optimistic"] for group in those)
+            notes.append(f"{who}: {text}{'; what is evaluated is the last' if last else ''}.")
+    return notes + [tables.CHOSEN_NOTE] * any(group["optimistic"] for group in groups)
 
 
 def _differences(groups):
@@ -230,8 +252,11 @@ def _galleries(chosen, left_out, folder):
 def _definitions(groups, runs):
     entries = {}
     for run in runs:
-        for name, attack in sorted(run.evaluation.get("attacks", {}).items(), key=lambda pair: attack_order(pair[0])):
-            entries.setdefault((attack_name(name), _attack_text(attack)), []).append(run)
+        attacks = [*run.evaluation.get("attacks", {}).items(), *(
+            pair for other in run.evaluation.get(OTHER_DATA, {}).values() for pair in other["attacks"].items())]
+        for name, attack in sorted(attacks, key=lambda pair: attack_order(pair[0])):
+            owners = entries.setdefault((attack_name(name), _attack_text(attack)), [])
+            owners += [run] * (run not in owners)
         definition = run.evaluation.get("alignment", {}).get("definition")
         if definition:
             entries.setdefault(("Gradient cosine and distance", escape(str(definition))), []).append(run)

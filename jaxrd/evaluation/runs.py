@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxrd.config import BOOKKEEPING
+from jaxrd.config import BOOKKEEPING, Config
 from jaxrd.errors import InputError
-from jaxrd.evaluation.names import epsilon_text, norm_name
+from jaxrd.evaluation import record
+from jaxrd.evaluation.names import MEASURES, epsilon_text, norm_name
 from jaxrd.evaluation.plots import is_number
 from jaxrd.training.log import read_metrics
 
-ALIGNMENT = {"gradient_cosine": "grad cosine", "gradient_distance": "grad distance"}
-MEASURES = {**ALIGNMENT, "seconds_per_step": "s/step"}  # what is measured besides accuracies, and its heading
 _IDENTITY = ("role", "method", "student", "data", "norm", "epsilon", "train_examples")
 _GALLERY_ARRAYS = ("images", "adversarial", "labels", "clean_prediction", "adversarial_prediction")
 
@@ -52,7 +51,8 @@ def summary(workdirs: Iterable[str | Path]) -> list[dict]:
     Returns:
       Rows with "workdir", "role" ("teacher" or "student"), "method", "student", "parameters", "data", "train_examples"
       (None: all, or unknown), "norm", "epsilon", "seed", "teacher", "accuracy", "measures" and "flags" (cascade -> what makes
-      its accuracy doubtful; from `evaluation.json`, empty where it is absent) and "config" (flat: "method.igdm" -> value).
+      its accuracy doubtful; from `evaluation.json`, empty where it is absent), "optimistic" (see `chosen_on_test`) and "config"
+      (flat: "method.igdm" -> value).
 
     Raises:
       InputError: a directory is missing or is no run directory, or one of its files is damaged.
@@ -136,28 +136,31 @@ def to_rows(runs: Iterable[Run]) -> list[dict]:
     rows = []
     for run in runs:
         config, evaluation = run.config, run.evaluation
+        others = list(evaluation.get(record.OTHER_DATA, {}).values())
         described, data = evaluation.get("run", {}), evaluation.get("data", {})
+        anyhow = described or next((other["run"] for other in others), {})  # what holds for all that was measured
         threat = evaluation.get("threat") or _part(config, "threat")
         examples = data.get("train_examples")
         measured = {**evaluation.get("alignment", {}), **evaluation.get("training", {})}
         rows.append({
             "workdir": str(run.workdir), "role": "student",
             # What was built: an IGDM weight of its own may add the module to the name in the configuration, or remove it.
-            "method": str(described.get("method") or _part(config, "imported").get("name") or
+            "method": str(anyhow.get("method") or _part(config, "imported").get("name") or
                           _part(config, "method").get("name") or "?"),
             "evaluated": (data.get("split"), described.get("checkpoint")),
-            "student": str(config.get("student") or described.get("student") or "?"),
-            "parameters": described.get("parameters"),
+            "student": str(config.get("student") or anyhow.get("student") or "?"),
+            "parameters": anyhow.get("parameters"),
             "data": str(data.get("name") or _part(config, "data").get("name") or "?"),
             # An evaluation that leaves it open is of imported weights, whose training nobody here has seen.
-            "train_examples": examples or ("-" if "train_examples" in data else _part(config, "data").get("examples")),
+            "train_examples": examples or ("-" if "train_examples" in data or "imported" in config
+                                           else _part(config, "data").get("examples")),
             "norm": str(threat.get("norm", "?")), "epsilon": threat.get("epsilon"),
-            "seed": config.get("seed", described.get("seed")),
-            "teacher": str(config.get("teacher") or described.get("teacher") or ""),
+            "seed": config.get("seed", anyhow.get("seed")),
+            "teacher": str(config.get("teacher") or anyhow.get("teacher") or ""),
             "accuracy": evaluation.get("accuracy", {}),
             "measures": {name: measured[name] for name in MEASURES if name in measured},
             "flags": {name: found.get("flags", []) for name, found in evaluation.get("cascades", {}).items()},
-            "config": flat(config),
+            "optimistic": chosen_on_test(config, evaluation), "config": _with_defaults(flat(config)),
         })
     named = {Path(row["teacher"]) for row in rows if row["teacher"]}
     resolved = {teacher.resolve() for teacher in named}
@@ -170,6 +173,12 @@ def to_rows(runs: Iterable[Run]) -> list[dict]:
     return sorted(rows, key=lambda row: row["role"] != "teacher")
 
 
+def members_of(groups: Iterable[dict], runs: Iterable[Run]) -> list[list[Run]]:
+    """Returns the runs of each group."""
+    by_directory = {str(run.workdir): run for run in runs}
+    return [[by_directory[workdir] for workdir in group["workdirs"]] for group in groups]
+
+
 def collapse(rows: Sequence[dict]) -> dict:
     """Returns the group of rows that differ in their seed only: what `aggregate` returns, but "variant" and "label"."""
     group = {key: rows[0][key] for key in ("role", "method", "student", "data", "norm", "epsilon")}
@@ -180,8 +189,25 @@ def collapse(rows: Sequence[dict]) -> dict:
     for row in rows:
         for name, flags in row["flags"].items():
             group["flags"].setdefault(name, []).extend((row["workdir"], flag) for flag in flags)
+    group["optimistic"] = any(row["optimistic"] for row in rows)
     return group | {"workdirs": [row["workdir"] for row in rows], "seeds": sum(map(bool, results)),
                     "teachers": sorted({row["teacher"] for row in rows} - {""}), "config": rows[0]["config"]}
+
+
+def selection(config: dict) -> str:
+    """Returns what chose a run's best checkpoint, "validation", "last" or "test"; older configurations do not say so."""
+    return _part(config, "data").get("selection") or "validation"
+
+
+def chosen_on_test(config: dict, found: dict) -> bool:
+    """Returns whether a record is of a checkpoint that may have been chosen on the run's own test images.
+
+    Args:
+      config: `config.json`.
+      found: a record of evaluation.json; of the run's own data, where it stands for accuracies on those images.
+    """
+    checkpoint = found.get("run", {}).get("checkpoint", "last")
+    return selection(config) == "test" and checkpoint != "last" and found.get("data", {}).get("split", "test") == "test"
 
 
 def spread(results: Sequence[dict]) -> dict[str, dict]:
@@ -217,12 +243,6 @@ def flat(config: dict, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def short(value: Any) -> str:
-    """Returns a value from a JSON file in 80 characters at most."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _read(workdir):
     if not workdir.is_dir():
         raise InputError(f'run directory "{workdir}" does not exist; train it first, or correct the path')
@@ -235,7 +255,7 @@ def _read(workdir):
     if (workdir / "evaluation.json").is_file():
         evaluation = _json(workdir / "evaluation.json", again)
         evaluation = {name: value for name, value in evaluation.items() if value is not None}
-        _check(evaluation, workdir / "evaluation.json", again)
+        record.check(evaluation, workdir / "evaluation.json", again)
     return Run(workdir, config, tuple(read_metrics(workdir / "metrics.jsonl")), evaluation)
 
 
@@ -244,8 +264,8 @@ def _imported(workdir):
     path = workdir / "import.json"
     if not path.is_file():
         return {}
-    record = _json(path, "import the weights again")
-    return {"imported": {"name": record.get("name"), "file": record.get("file")}}
+    imported = _json(path, "import the weights again")
+    return {"imported": {"name": imported.get("name"), "file": imported.get("file")}}
 
 
 def _json(path, way_out):
@@ -258,54 +278,6 @@ def _json(path, way_out):
     return content
 
 
-def _check(evaluation, path, way_out):
-    for name in ("run", "data", "threat", "accuracy", "attacks", "alignment", "training", "robustness_curve",
-                 "cascades"):
-        if not isinstance(evaluation.get(name, {}), dict):
-            raise InputError(f"{path}: {name} is {short(evaluation[name])} instead of an object; {way_out}")
-    curve = evaluation.get("robustness_curve") or {"epsilon": [], "accuracy": []}
-    radii, accuracies = curve.get("epsilon"), curve.get("accuracy")
-    if not (isinstance(radii, list) and isinstance(accuracies, list) and len(radii) == len(accuracies)):
-        raise InputError(f"{path}: robustness_curve needs as many values of accuracy as of epsilon; {way_out}")
-    named = [*evaluation.get("accuracy", {}).items(), *(("robustness_curve", value) for value in accuracies)]
-    for name, value in named:
-        if not (is_number(value) and 0 <= value <= 1):
-            raise InputError(f"{path}: accuracy {name} is {short(value)}, outside [0, 1]; {way_out}")
-    numbers = [*radii, *(value for section in ("alignment", "training") for name, value in evaluation.get(section, {}).items()
-                         if name in MEASURES)]
-    if "threat" in evaluation:
-        numbers.append(evaluation["threat"].get("epsilon"))
-    for value in numbers:
-        if not _finite(value):
-            raise InputError(f"{path}: {short(value)} stands where a finite number belongs; {way_out}")
-    for name, found in evaluation.get("cascades", {}).items():
-        _check_cascade(found, f"cascades.{name}", path, way_out)
-
-
-def _check_cascade(found, name, path, way_out):
-    def check(fits, part, value, wanted):
-        if not fits:
-            raise InputError(f"{path}: {name}{part} is {short(value)} instead of {wanted}; {way_out}")
-
-    check(isinstance(found, dict), "", found, "an object")
-    for part in ("stages", "seconds", "passes"):
-        check(isinstance(found.get(part, {}), dict), f".{part}", found.get(part), "an object")
-    check(found.get("stages"), ".stages", found.get("stages"), "the accuracy after each stage")
-    for stage, value in found["stages"].items():
-        check(_finite(value) and 0 <= value <= 1, f".stages.{stage}", value, "an accuracy in [0, 1]")
-    for stage, value in found.get("seconds", {}).items():
-        check(_finite(value) and value >= 0, f".seconds.{stage}", value, "a number of at least 0")
-    for stage, pair in found.get("passes", {}).items():
-        fits = isinstance(pair, list) and len(pair) == 2 and all(_finite(value) and value >= 0 for value in pair)
-        check(fits, f".passes.{stage}", pair, "two numbers of at least 0, forward and backward")
-    flags = found.get("flags", [])
-    check(isinstance(flags, list) and all(isinstance(flag, str) for flag in flags), ".flags", flags, "a list of strings")
-
-
-def _finite(value):
-    return is_number(value) and math.isfinite(value)
-
-
 def _apart(rows, differences):
     """Splits rows by the first of `differences`, and so on, until no seed occurs twice in a part."""
     if not differences or len({str(row["seed"]) for row in rows}) == len(rows):
@@ -314,6 +286,11 @@ def _apart(rows, differences):
     for row in rows:
         parts.setdefault(differences[0](row), []).append(row)
     return [part for members in parts.values() for part in _apart(members, differences[1:])]
+
+
+def _with_defaults(fields):
+    """Adds what a configuration of an older version does not say, because there was no choice: runs of both may be alike."""
+    return flat(Config().to_dict()) | fields
 
 
 def _teacher_settings(teacher):

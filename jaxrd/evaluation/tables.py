@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jaxrd.evaluation.names import attack_name, attack_order, norm_name
-from jaxrd.evaluation.runs import MEASURES, aggregate, images_text, radius_text, summary
+from jaxrd.evaluation.names import MEASURES, attack_name, attack_order, norm_name
+from jaxrd.evaluation.runs import aggregate, images_text, radius_text, summary
 
 _DEFAULT_COLUMNS = ("clean", "fgsm", "pgd20", "cw30", "autoattack")
-_MARK = "†"
+MARK, CHOSEN_MARK = "†", "‡"  # of a doubtful accuracy; of a row whose checkpoint was chosen on the images it is measured on
+CHOSEN_NOTE = f"{CHOSEN_MARK} The checkpoint was chosen on these very images, so its accuracy is optimistic."
 
 
 def table(workdirs: Iterable[str | Path]) -> str:
@@ -22,20 +23,35 @@ def table(workdirs: Iterable[str | Path]) -> str:
 
     Returns:
       Lines without a trailing newline; the teacher, if listed, comes first. Below stand the flags of the accuracies that are
-      marked with a dagger: what makes them doubtful.
+      marked with a dagger: what makes them doubtful; a double dagger marks runs whose checkpoint was chosen on the images.
 
     Raises:
       InputError: see `summary`.
     """
     (header, *body), left, notes = _text_table(workdirs)
-    # Daggers hang, so that digits stay below digits.
-    marked = [any(cell.endswith(_MARK) for cell in column) for column in zip(*body)]
-    header, *body = [[cell + " " if hangs and not cell.endswith(_MARK) else cell for cell, hangs in zip(cells, marked)]
-                     for cells in (header, *body)]
-    widths = [max(map(len, column)) for column in zip(header, *body)]
+    return aligned(header, body, left, notes)
+
+
+def aligned(header: Sequence[str], body: Sequence[Sequence[str]], left: int, notes: Sequence[str] = ()) -> str:
+    """Returns a table as lines of plain text, with a rule below its header.
+
+    Args:
+      header, body: cells.
+      left: how many of the columns, the first ones, hold text; the others are numbers.
+      notes: lines below the table.
+    """
+    # Marks hang, so that digits stay below digits.
+    rows = [header, *body]
+    hanging = [max((_marks(cell) for cell in column), default=0) for column in zip(*body)] if body else [0] * len(header)
+    rows = [[cell + " " * (hangs - _marks(cell)) for cell, hangs in zip(cells, hanging)] for cells in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) if place < left else cell.rjust(width)
-                       for place, (cell, width) in enumerate(zip(cells, widths))).rstrip() for cells in (header, *body)]
+                       for place, (cell, width) in enumerate(zip(cells, widths))).rstrip() for cells in rows]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:], *notes])
+
+
+def _marks(cell: str) -> int:
+    return len(cell) - len(cell.rstrip(MARK + CHOSEN_MARK))
 
 
 def markdown_table(workdirs: Iterable[str | Path]) -> str:
@@ -86,7 +102,8 @@ def cell(group: dict, key: str) -> str:
     """Returns what a group's cell in the column `key` says: the mean (accuracies in percent), "-" where absent."""
     if key == "method":
         variant = f" [{group['variant']}]" if group["variant"] else ""
-        return group["method"] + variant + (" (teacher)" if group["role"] == "teacher" else "")
+        chosen = f" {CHOSEN_MARK}" if group["optimistic"] else ""
+        return group["method"] + variant + (" (teacher)" if group["role"] == "teacher" else "") + chosen
     if key == "threat":
         return f"{norm_name(group['norm'])} {radius_text(group)}"
     if key == "train_examples":
@@ -105,7 +122,7 @@ def cell(group: dict, key: str) -> str:
 
 def mark(group: dict, key: str) -> str:
     """Returns the dagger that stands after a group's cell where some run's flags make its number doubtful, else nothing."""
-    return _MARK if group["flags"].get(key) and key in group["values"] else ""
+    return MARK if group["flags"].get(key) and key in group["values"] else ""
 
 
 def flags(groups: Sequence[dict]) -> list[tuple[str, str]]:
@@ -139,4 +156,5 @@ def _text_table(workdirs):
     chosen = columns(groups)
     body = [[cell(group, key) + mark(group, key) for key, _ in chosen] for group in groups]
     lines = [[heading for _, heading in chosen], *body]
-    return lines, text_columns(chosen), [f"{_MARK} {where}: {flag}" for where, flag in flags(groups)]
+    notes = [f"{MARK} {where}: {flag}" for where, flag in flags(groups)]
+    return lines, text_columns(chosen), notes + [CHOSEN_NOTE] * any(group["optimistic"] for group in groups)

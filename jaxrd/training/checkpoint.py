@@ -165,6 +165,10 @@ def restore_model(workdir: str | pathlib.Path, step: int | str = "last") -> tupl
     with _reader(workdir) as checkpoints:
         steps = checkpoints.steps
         chosen = {"last": max(steps, default=None), "best": checkpoints.best_step}.get(step, step)
+        if chosen is None:
+            raise InputError(
+                f"{workdir}: none of its checkpoints was validated, so none is the best (config.data.selection decides); "
+                f"take the last, or one of the steps {', '.join(map(str, steps))}")
         if chosen not in steps:
             raise InputError(
                 f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}, and best and last")

@@ -58,11 +58,21 @@ class Log:
         self._begin_interval(step)
         self.say(f"compiled the train step in {seconds:.1f} s")
 
-    def train(self, step: int, metrics: dict[str, float], learning_rate: float) -> None:
-        """Writes the metrics' means since the last entry, and the speed since then without validation and compilation."""
+    def train(self, step: int, metrics: dict[str, float], learning_rate: float, *, waited: float) -> None:
+        """Writes the metrics' means since the last entry, and the speed since then without validation and compilation.
+
+        Args:
+          step: the step that has ended.
+          metrics: means since the last entry.
+          learning_rate: of that step.
+          waited: seconds since the last entry in which the loop waited for input; their share is written as "input_wait".
+        """
         now = time.perf_counter()
-        timed = step - self._interval_step
-        speed = {"images_per_second": round(self._batch_size * timed / (now - self._interval_began), 1)} if timed else {}
+        timed, speed = step - self._interval_step, {}
+        if timed:
+            elapsed = now - self._interval_began
+            speed = {"images_per_second": round(self._batch_size * timed / elapsed, 1),
+                     "input_wait": round(waited / elapsed, 5)}
         self._write({"step": step, "seconds": round(self._seconds_before + now - self._began, 3),
                      **{f"train/{name}": value for name, value in metrics.items()},
                      "learning_rate": learning_rate, **speed})

@@ -28,6 +28,7 @@ from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
 from jaxrd.training import checkpoint, parallel, schedule, state as states
 from jaxrd.training.checks import check_batch, check_claim, check_teacher, check_teacher_gradient, claim
+from jaxrd.training.feeding import Feeder
 from jaxrd.training.log import Log, write_json
 from jaxrd.training.step import Recipe, make_train_step
 
@@ -60,7 +61,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
     # 2. What the configuration names: data, teacher (as it was when the run began), student, and the step compiled for them.
     dataset, train_source = open_data(config)
     teacher_step, teacher_file = _teacher_of(config, workdir)
-    recipe, teacher_variables = build_recipe(config, dataset, len(train_source), mesh, teacher_step=teacher_step)
+    recipe, teacher_variables = build_recipe(config, dataset, train_source.epoch, mesh, teacher_step=teacher_step)
     train_step = make_train_step(recipe, mesh)
     # 3. All of it is there, so the directory is this run's from now on.
     claim(workdir, config)
@@ -94,19 +95,20 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
         return state
     if jax.process_index() == 0:
         write_json(log.workdir / "environment.json", environment())
+    feeder = Feeder(
+        train_source, mesh, seed=config.seed, batch_size=batch_size, first=step, last=steps,
+        partners=recipe.augmentation.mixes, resident=config.data.resident)
     stop = _StopSignal()
-    with stop:
-        while step < steps:
-            indices = train_source.indices(config.seed, step, batch_size)
-            check_batch(recipe.method, train_source.labels[indices], step + 1)
-            rows = parallel.local_rows(indices)
-            batch = parallel.put_batch(train_source.batch(rows), mesh)
+    with stop, feeder:
+        for batch in feeder:
+            check_batch(recipe.method, train_source.labels[train_source.indices(config.seed, step, batch_size)], step + 1)
             began = time.perf_counter()
             state, metrics = train_step(state, teacher_variables, batch)
             step += 1
             if not log.compiled:
                 jax.block_until_ready(metrics)
                 log.note_compilation(step, time.perf_counter() - began)
+                feeder.waited = 0.0
             if mesh.size > 1 and jax.default_backend() == "cpu":
                 # XLA's in-process collectives deadlock where several steps are in flight on fake devices.
                 jax.block_until_ready(metrics)
@@ -120,9 +122,11 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
             last, due = step == steps, step % checkpoint_every == 0
             if step % config.training.log_every == 0 or due or last or stopping:
                 train_metrics = _mean_metrics(pending, step, config, checkpoints)
-                log.train(step, train_metrics, float(learning_rate(step - 1)))
-                pending = []
-            if due or last:
+                log.train(step, train_metrics, float(learning_rate(step - 1)), waited=feeder.waited)
+                pending, feeder.waited = [], 0.0
+            if (due or last) and dataset.validation is None:
+                checkpoints.save(step, state, metadata, {})
+            elif due or last:
                 try:
                     validation = validate(
                         recipe.student, state.variables, dataset.validation, recipe.inner.threat, mesh,
@@ -143,15 +147,24 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
 
 
 def open_data(config: Config) -> tuple[DataSet, data.Source]:
-    """Returns the data set of a configuration and the source that it trains on (all of the training split, or a draw)."""
+    """Returns the data set of a configuration and the source that it trains on.
+
+    That is all of the training split or a draw, with the images of a second data set where the configuration names one.
+    """
     section = config.data
     with _naming("config.data"):
         dataset = data.open_dataset(
             section.name, arrays=section.arrays, directory=section.directory or None,
-            validation_fraction=section.validation_fraction)
+            validation_fraction=section.validation_fraction, selection=section.selection)
         train_source = dataset.train
         if section.examples is not None:
             train_source = train_source.subset(section.examples, config.seed)
+    if section.extra:
+        with _naming("config.data.extra"):
+            extra = data.open_split(
+                section.extra, section.extra_split, classes=train_source.classes, directory=section.directory or None)
+            train_source = data.mixture(train_source, extra, section.extra_fraction)
+            train_source.indices(config.seed, 0, config.training.batch_size)  # refuses a fraction that rounds to none or all
     return dataset, train_source
 
 
@@ -190,7 +203,7 @@ def build_recipe(
             config.threat.build(), config.attack.step_size, config.attack.steps, config.attack.start or None,
             config.attack.project_start),
         optimizer=schedule.optimizer(config.optimizer, steps), steps=steps,
-        shift=config.data.shift, flip=config.data.flip,
+        augmentation=config.build_augmentation(),
         weight_average=config.training.weight_average, attack_batch_statistics=config.attack.batch_statistics,
     ), variables
 

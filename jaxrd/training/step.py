@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxrd import objectives
-from jaxrd.data import augment as augmentation
-from jaxrd.distillation.composition import Method
+from jaxrd.data import augment as augmenting
+from jaxrd.distillation.composition import Method, Term
 from jaxrd.distillation.inner_maximisation import Context, InnerMaximisation
 from jaxrd.distillation.weight_perturbation import perturb_weights
+from jaxrd.errors import InputError, one_line
 from jaxrd.models.zoo import Model
 from jaxrd.threat import example_keys
 from jaxrd.training import parallel
@@ -39,8 +40,7 @@ class Recipe:
       inner: budget of the training attack.
       optimizer: the gradient transformation.
       steps: length of training, for the ramps.
-      shift: pixels of random pad-and-crop.
-      flip: random horizontal flips.
+      augmentation: crops, flips, mixing and cutout of the images.
       weight_average: decay of the weight average; 0 for none.
       attack_batch_statistics: normalise the student's attack forwards by their own batch statistics instead of the running
         ones (running statistics never move in an attack).
@@ -52,8 +52,7 @@ class Recipe:
     inner: InnerMaximisation
     optimizer: optax.GradientTransformation
     steps: int
-    shift: int = 0
-    flip: bool = False
+    augmentation: augmenting.Augmentation = augmenting.Augmentation()
     weight_average: float = 0.0
     attack_batch_statistics: bool = False
 
@@ -62,13 +61,20 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
     """Returns the compiled step `(state, teacher_variables, batch) -> (state, metrics)`.
 
     The state is donated. `batch` is {"images": uint8 or float32 [batch, h, w, c], "labels": int32 [batch]}, sharded over
-    "data"; teacher_variables is None without a teacher. Metrics are scalars: means over the global batch.
+    "data", and where the recipe mixes also "partners" and "partner_labels", shaped likewise: a permutation of the batch, made
+    before it is sharded, so that no image crosses devices here. teacher_variables is None without a teacher. Metrics are
+    scalars: means over the global batch.
+
+    Raises:
+      InputError: a method that cannot take the soft labels of mixed images.
     """
+    check_mixing(recipe.method, recipe.augmentation)
+    if recipe.augmentation.mixes:
+        _probe_soft_labels(recipe)
 
     def train_step(state, teacher_variables, batch):
         augment_key, attack_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        images = augment(recipe, augment_key, batch["images"])
-        labels = batch["labels"]
+        images, labels = augment(recipe, augment_key, batch)
         views, teacher_clean = attack(recipe, attack_key, state, teacher_variables, images, labels)
         teacher = teacher_logits(recipe, teacher_variables, views, teacher_clean, labels)
         gradients, batch_stats, metrics = gradients_of(recipe, state, views, teacher, labels)
@@ -78,11 +84,26 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
     return jax.jit(train_step, donate_argnums=0, out_shardings=(replicated, replicated))
 
 
-def augment(recipe: Recipe, key: Array, images: Array) -> Array:
-    """Returns the batch as float32 in [0, 1], each example augmented by its own key."""
-    return augmentation.augment(
-        example_keys(key, images.shape[0]), augmentation.to_float(images), shift_pixels=recipe.shift,
-        flip_probability=0.5 if recipe.flip else 0.0)
+def augment(recipe: Recipe, key: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
+    """Returns the batch as (images float32 [batch, h, w, c] in [0, 1], labels), each example augmented by its own key.
+
+    The labels are int32 [batch], as they came, where nothing is mixed, else float32 [batch, classes], rows that sum to 1.
+    """
+    images, labels = batch["images"], batch["labels"]
+    if not recipe.augmentation.mixes:
+        return augment_one_view(recipe, key, images), labels
+    if not {"partners", "partner_labels"} <= set(batch):
+        raise InputError(
+            f'mixing "{recipe.augmentation.mixing}" takes a partner for each image, and the batch has {", ".join(batch)}; '
+            'add "partners" and "partner_labels", such as a permutation of its images and labels')
+    return augmenting.augment_pairs(
+        recipe.augmentation, example_keys(key, images.shape[0]), images, labels, batch["partners"], batch["partner_labels"],
+        recipe.student.classes)
+
+
+def augment_one_view(recipe: Recipe, key: Array, images: Array) -> Array:
+    """Returns images, uint8 or float32 [batch, h, w, c], as float32 in [0, 1], cropped, flipped and cut out of, never mixed."""
+    return augmenting.augment(recipe.augmentation, example_keys(key, images.shape[0]), images)
 
 
 def attack(recipe, key, state, teacher_variables, images, labels) -> tuple[dict[str, Array], Array | None]:
@@ -162,6 +183,43 @@ def gradients_of(recipe, state, views, teacher, labels) -> tuple[dict, dict, dic
         params = perturb_weights(params, ascent, method.weight_perturbation.size(progress))
     gradients, (batch_stats, metrics) = jax.grad(mean_loss, has_aux=True)(params)
     return gradients, batch_stats, metrics | {"gradient_norm": optax.tree.norm(gradients)}
+
+
+def check_mixing(method: Method, augmentation: augmenting.Augmentation) -> None:
+    """Raises InputError where images are mixed and the method is defined for one true class per image only."""
+    if augmentation.mixes and method.hard_labels:
+        raise InputError(
+            f'config.data.mixing "{augmentation.mixing}" gives soft labels, and {method.name} needs one true class per image; '
+            "set --config.data.mixing=none, or use pgd_at, trades, ard, akd, rslad or adaad")
+
+
+def _probe_soft_labels(recipe: Recipe) -> None:
+    """Raises InputError where a term or monitor, of a method of one's own for instance, does not take soft labels.
+
+    By their shapes alone: nothing is computed. What reads more than logits is left to the step itself.
+    """
+    method, classes = recipe.method, recipe.student.classes
+    batch = classes + 1  # another number, so that one does not pass for the other
+    logits = jax.ShapeDtypeStruct((batch, classes), jnp.float32)
+    student, teacher = ({view.name: logits for view in views if view.readout is None}
+                        for views in (method.student_views, method.teacher_views))
+    for item in (*method.terms, *method.monitors):
+        function = item.loss if isinstance(item, Term) else item.value
+        if isinstance(item, Term) and not {*item.student, *item.teacher} <= {*student, *teacher}:
+            continue
+        try:
+            shape = jax.eval_shape(function, student, teacher, logits).shape
+        except KeyError:
+            continue  # a monitor may read what is more than logits
+        except Exception as error:
+            reason = str(error) if isinstance(error, InputError) else one_line(error)
+        else:
+            if shape in ((batch,), ()):
+                continue
+            reason = f"it gives {list(shape)} for a batch of {batch} and {classes} classes"
+        raise InputError(
+            f'config.data.mixing "{recipe.augmentation.mixing}" gives soft labels, [batch, classes], which "{item.name}" of '
+            f"method {method.name} does not take ({reason}); set --config.data.mixing=none")
 
 
 def _apply(model: Model, variables: dict, points: Array, train: bool, batch_norm_set: int) -> tuple[Array, dict]:

@@ -1,6 +1,5 @@
-"""The embedded digits and the reading of TFDS data sets, all without TensorFlow or a network."""
+"""The embedded digits: their split, their preparation by several at once, and what damage to them says."""
 
-import io
 import json
 import shutil
 import subprocess
@@ -8,11 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-from PIL import Image
 
 from jaxrd.data import open_dataset
-from jaxrd.data.digits import SPLITS, OfflineInfo, load_digits, split_indices
+from jaxrd.data.digits import SPLITS, load_digits, split_indices
 from jaxrd.errors import InputError
 from tests.support import assert_input_error
 
@@ -86,19 +83,26 @@ def test_preparing_twice_gives_the_same_order(prepared, tmp_path):
     assert same(open_dataset("jaxrd_digits", directory=prepared), open_dataset("jaxrd_digits", directory=tmp_path))
 
 
-def test_two_processes_may_prepare_at_once_quietly_and_without_tensorflow(prepared, tmp_path):
-    # Both are held back until the other one is about to write as well.
+def test_of_two_processes_one_prepares_quietly_and_without_tensorflow(prepared, tmp_path):
+    # Whoever generates waits until the other one stands at the lock as well, which it says.
     together = f"""
 import pathlib, time
-from jaxrd.data import digits
-generate, meeting = digits.JaxrdDigits._split_generators, pathlib.Path({str(tmp_path)!r})
+from jaxrd import files
+from jaxrd.data import digits, publication
+generate, locked, meeting = digits.JaxrdDigits._split_generators, files._locked, pathlib.Path({str(tmp_path)!r})
 def wait(self, manager):
-    (meeting / f"ready{{len(list(meeting.glob('ready*')))}}-{{time.time_ns()}}").touch()
+    (meeting / f"generated-{{time.time_ns()}}").touch()
     deadline = time.time() + 60
-    while len(list(meeting.glob("ready*"))) < 2 and time.time() < deadline:
+    while not list(meeting.glob("waiting*")) and time.time() < deadline:
         time.sleep(0.01)
     return generate(self, manager)
+def told(lock, waiting):
+    def tell(holder):
+        (meeting / f"waiting-{{holder}}").touch()
+        waiting(holder)
+    return locked(lock, tell)
 digits.JaxrdDigits._split_generators = wait
+files._locked = told
 """
     after = "import sys; assert len(data.train) == 1000; assert 'tensorflow' not in sys.modules"
     processes = [open_in_subprocess(tmp_path / "tfds", together, after) for _ in range(2)]
@@ -106,9 +110,12 @@ digits.JaxrdDigits._split_generators = wait
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         assert output == "" and "Generating" not in errors and "rename" not in errors
-    assert len(list(tmp_path.glob("ready*"))) == 2
+    assert len(list(tmp_path.glob("generated*"))) == 1
+    (waiting,) = tmp_path.glob("waiting*")
+    assert any(f"process {process.pid} on" in waiting.name for process in processes)
     data = open_dataset("jaxrd_digits", directory=tmp_path / "tfds")
     assert same(data, open_dataset("jaxrd_digits", directory=prepared))
+    assert [path.name for path in (tmp_path / "tfds").iterdir()] == ["jaxrd_digits"]
 
 
 def test_a_process_killed_while_preparing_leaves_nothing_in_the_way(prepared, tmp_path):
@@ -122,8 +129,9 @@ digits.JaxrdDigits._generate_examples = die
 """
     process = open_in_subprocess(tmp_path, die)
     process.communicate(timeout=120)
-    assert process.returncode == 9 and list(tmp_path.glob("jaxrd_digits/incomplete.*"))
+    assert process.returncode == 9 and list(tmp_path.glob(".jaxrd_digits.preparing/*"))
     assert same(open_dataset("jaxrd_digits", directory=tmp_path), open_dataset("jaxrd_digits", directory=prepared))
+    assert [path.name for path in tmp_path.iterdir()] == ["jaxrd_digits"]
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
@@ -140,7 +148,7 @@ def test_a_damaged_copy_says_what_to_delete(copy, name, damage):
     file.unlink()
     if damage != "missing":
         file.write_bytes(content[: {"empty": 0, "half": len(content) // 2, "one byte less": len(content) - 1}[damage]])
-    assert_input_error(lambda: open_dataset("jaxrd_digits", directory=directory), str(path), "delete this directory")
+    assert_input_error(lambda: parts_of(open_dataset("jaxrd_digits", directory=directory)), str(path), "delete this directory")
 
 
 def test_a_changed_byte_is_noticed_or_harmless(copy, prepared):
@@ -186,66 +194,3 @@ def test_any_prepared_data_set_opens_by_its_files(copy, prepared):
     assert np.ptp(np.bincount(data.validation.labels)) <= 3
     remove_split(path, "test")
     assert_input_error(lambda: open_dataset("mine", directory=directory), "mine", "['train']")
-
-
-def test_a_data_set_stored_in_another_format(copy):
-    directory, path = copy
-    path = rename(directory, path, "mine")
-    edit_info(path, lambda info: info.update(fileFormat="tfrecord"))
-    assert_input_error(lambda: open_dataset("mine", directory=directory), "tfrecord", "array_record")
-
-
-class PngImages(tfds.core.GeneratorBasedBuilder):
-    """Three images per split, encoded as the catalogue's are; `shape` is what the features declare."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    shape = (6, 5, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 6, 5, 3), dtype=np.uint8)
-
-    def _info(self):
-        image, label = tfds.features.Image(shape=self.shape), tfds.features.ClassLabel(names=["a", "b", "c"])
-        return OfflineInfo(builder=self, features=tfds.features.FeaturesDict({"image": image, "label": label}))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(), "test": self._generate_examples()}
-
-    def _generate_examples(self):
-        for label, pixels in enumerate(self.pixels):
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "png")
-            file.seek(0)
-            yield label, {"image": file, "label": label}
-
-
-def test_encoded_images_are_decoded(tmp_path):
-    PngImages(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    test = open_dataset("png_images", directory=tmp_path, validation_fraction=0.4).test
-    assert test.image_shape == (6, 5, 3) and sorted(test.labels) == [0, 1, 2]
-    assert (test.images == PngImages.pixels[test.labels]).all()
-
-
-def test_images_of_many_sizes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(PngImages, "shape", (None, None, 3))
-    PngImages(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    assert_input_error(lambda: open_dataset("png_images", directory=tmp_path), "(None, None, 3)", "data.arrays")
-
-
-@pytest.mark.parametrize(
-    "name, mentions",
-    [
-        ("cifar10", ["not prepared", 'tfds.builder("cifar10"', 'file_format="array_record"', "data.arrays"]),
-        ("cifar10:3.0.2", ["not prepared", 'tfds.builder("cifar10:3.0.2"']),
-        ("cifar1O", ["did you mean 'cifar10'"]),
-        ("jaxrd_digit", ["did you mean 'jaxrd_digits'"]),
-        ("qqqqqq", ["unknown", "data.arrays"]),
-        ("huggingface:mnist", ["data.arrays"]),
-        ("../mnist", ["'../mnist'"]),
-        ("", ["''"]),
-    ],
-)
-def test_a_data_set_that_is_not_there_fails_at_once(prepared, monkeypatch, name, mentions):
-    def no_network(*_):
-        raise AssertionError("asked the network")
-
-    monkeypatch.setattr("socket.socket.connect", no_network)
-    assert_input_error(lambda: open_dataset(name, directory=prepared), *mentions)

@@ -7,8 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from jaxrd.data import from_arrays, open_arrays, open_dataset
+from jaxrd import files
+from jaxrd.data import from_arrays, mixture, open_arrays, open_dataset, open_split, open_test
+from jaxrd.data.selection import Selection
 from jaxrd.data.source import stratified_order
 from jaxrd.errors import InputError
 from tests.support import assert_input_error
@@ -57,6 +60,87 @@ def test_batch_gathers_images_with_their_labels():
 @pytest.mark.parametrize("arguments", [(-1, 0, 4), (0, -1, 4), (0, 0, 0), (0, 1.5, 4), (True, 0, 4)])
 def test_indices_reject_bad_arguments(arguments):
     assert_input_error(lambda: source_of(10).indices(*arguments), "pass an integer")
+
+
+def test_partners_are_the_batch_itself_in_another_order():
+    source = source_of(50)
+    orders = []
+    for step in range(20):
+        indices, partners = source.indices(3, step, 16), source.partners(3, step, 16)
+        assert (np.sort(partners) == np.sort(indices)).all() and (partners != indices).any()
+        assert (source.partners(3, step, 16) == partners).all()
+        orders.append(tuple(np.argsort(partners)))
+    assert len(set(orders)) == 20
+    assert any((source.partners(4, step, 16) != source.partners(3, step, 16)).any() for step in range(3))
+
+
+@pytest.mark.parametrize("counts", [(40, 40, 40), (5, 100, 1, 60), (30, 0, 10, 0, 10)])
+def test_negatives_are_of_another_class_uniform_over_classes_and_within_them(counts):
+    """Chi-square tests at 1e-4 of the class of the negative given that of the image, and of the image within its class."""
+    labels = np.random.default_rng(2).permutation(np.repeat(np.arange(len(counts)), counts))
+    source = from_arrays(np.zeros((len(labels), 1, 1, 1), np.uint8), labels, classes=len(counts))
+    batch_size, steps = 64, 400
+    drawn = np.stack([(source.indices(1, step, batch_size), source.negatives(1, step, batch_size)) for step in range(steps)])
+    images, negatives = drawn.transpose(1, 0, 2).reshape(2, -1)
+    own, other = labels[images], labels[negatives]
+    assert (own != other).all()
+    present = np.flatnonzero(counts)
+    for label in present:
+        seen = np.bincount(other[own == label], minlength=len(counts))[present[present != label]]
+        if len(seen) > 1:
+            assert stats.chisquare(seen).pvalue > 1e-4
+        within = np.bincount(negatives[other == label], minlength=len(labels))[labels == label]
+        if len(within) > 1:
+            assert stats.chisquare(within).pvalue > 1e-4
+    assert (source.negatives(1, 5, batch_size) == drawn[5, 1]).all()
+    assert (source.negatives(2, 5, batch_size) != drawn[5, 1]).any()
+
+
+def test_negatives_need_two_classes():
+    source = from_arrays(images_of(4), np.ones(4, int), name="mine")
+    assert_input_error(lambda: source.negatives(0, 0, 4), "mine", "class 1", "two classes")
+
+
+@pytest.mark.parametrize("fraction, batch_size, share", [(0.7, 128, 90), (0.5, 10, 5), (0.3, 7, 2), (0.98, 64, 63)])
+def test_a_mixture_has_the_same_share_in_every_batch_and_runs_through_both(fraction, batch_size, share):
+    main, extra = source_of(23), from_arrays(images_of(61, seed=9), np.arange(61) % 3, classes=3, name="generated")
+    mixed = mixture(main, extra, fraction)
+    assert len(mixed) == 84 and mixed.epoch == 23 and mixed.classes == 3 and mixed.image_shape == (4, 4, 1)
+    np.testing.assert_array_equal(mixed.images[:], np.concatenate([main.images, extra.images]))
+    np.testing.assert_array_equal(mixed.labels, np.concatenate([main.labels, extra.labels]))
+    batches = np.stack([mixed.indices(5, step, batch_size) for step in range(60)])
+    is_extra = batches >= 23
+    assert (is_extra.sum(axis=1) == share).all()
+    # Spread evenly: any part of the batch has its share, to within one image.
+    running = np.cumsum(is_extra[0]) - np.arange(1, batch_size + 1) * share / batch_size
+    assert np.abs(running).max() <= 1
+    for stream, n in ((batches[~is_extra], 23), (batches[is_extra] - 23, 61)):
+        epochs = stream[: len(stream) // n * n].reshape(-1, n)
+        assert (np.sort(epochs) == np.arange(n)).all()
+    assert (batches[~is_extra][:23] == np.random.default_rng([5, 0]).permutation(23)).all()
+    step = 17
+    assert (mixed.indices(5, step, batch_size) == batches[step]).all()
+    assert (np.sort(mixed.partners(5, step, batch_size)) == np.sort(batches[step])).all()
+    assert (mixed.labels[mixed.negatives(5, step, batch_size)] != mixed.labels[batches[step]]).all()
+
+
+def test_the_two_streams_of_a_mixture_of_equal_sources_differ():
+    mixed = mixture(source_of(40), source_of(40), 0.5)
+    batches = np.stack([mixed.indices(0, step, 16) for step in range(20)])
+    first, second = batches[batches < 40], batches[batches >= 40] - 40
+    assert (first != second).any()
+
+
+def test_mixture_rejects_what_does_not_fit():
+    main = source_of(20)
+    for fraction in (0.0, 1.0, -1.0, 1.5):
+        assert_input_error(lambda: mixture(main, main, fraction), "extra_fraction", str(fraction))
+    assert_input_error(lambda: mixture(main, main, 0.01).indices(0, 0, 8), "extra_fraction=0.01", "8 images", "larger batch")
+    assert_input_error(lambda: mixture(main, main, 0.99).indices(0, 0, 8), "extra_fraction=0.99", "8 images")
+    other = from_arrays(images_of(5, (5, 5, 1)), LABELS[:1].repeat(5), name="other")
+    assert_input_error(lambda: mixture(main, other, 0.5), "other", "(5, 5, 1)", "(4, 4, 1)")
+    floats = from_arrays(images_of(5).astype(np.float32) / 255, LABELS[:1].repeat(5), name="other")
+    assert_input_error(lambda: mixture(main, floats, 0.5), "float32", "uint8")
 
 
 @pytest.mark.parametrize("examples", [4, 10, 23, 60])
@@ -219,3 +303,52 @@ def test_arrays_do_not_import_tfds(npz):
         "assert not {'tensorflow', 'tensorflow_datasets', 'sklearn'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_images_of_the_test_split_are_read_when_they_are_asked_for(npz, monkeypatch):
+    read = []
+    original = files.read_arrays
+    monkeypatch.setattr(files, "read_arrays", lambda path, names: read.append((path, tuple(names))) or original(path, names))
+    data = open_arrays(*npz)
+    assert (npz[1], ("labels",)) in read and not any(path == npz[1] and "images" in names for path, names in read)
+    assert (data.test.images == images_of(20, seed=20)).all() and data.test is data.test
+    assert [names for path, names in read if path == npz[1]] == [("labels",), ("images", "labels")]
+
+
+def test_selection_says_what_chooses_the_best_checkpoint(npz):
+    last = open_arrays(*npz, selection="last")
+    assert last.validation is None and (last.train.images == images_of(100, seed=100)).all()
+    on_test = open_arrays(*npz, selection="test")
+    assert len(on_test.train) == 100 and on_test.validation is on_test.test
+    assert len(open_arrays(*npz, selection="validation").train) == 90
+    assert_input_error(lambda: open_arrays(*npz, selection="tset"), "tset", "test")
+
+
+def test_keys_of_generated_sets_are_read_too(npz, tmp_path):
+    path = str(tmp_path / "generated.npz")
+    np.savez(path, image=images_of(6), label=np.arange(6) % 4)
+    assert (open_arrays(path, npz[1]).train.labels != 9).all()
+    source = open_split(path, "train", classes=4)
+    assert (source.images == images_of(6)).all() and source.classes == 4 and source.name == path
+    (source,) = open_test(path, classes=4)
+    assert (source.labels == np.arange(6) % 4).all() and source.name == path
+    assert_input_error(lambda: open_test(path, classes=3), path, "[0, 3)")
+    assert_input_error(lambda: open_test(str(tmp_path / "none.npz"), classes=3), "no such file")
+
+
+def test_parts_of_a_memory_map_stay_on_disk(tmp_path):
+    np.save(tmp_path / "images.npy", images_of(30))
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    source = from_arrays(mapped, np.arange(30) % 3)
+    assert isinstance(source.images, np.memmap)
+    part = source.subset(9, seed=0)
+    assert isinstance(part.images, Selection) and (part.images[:] == source_like(mapped, part)).all()
+    assert isinstance(from_arrays(images_of(30), np.arange(30) % 3).subset(9, seed=0).images, np.ndarray)
+    batch = part.batch(np.array([8, 0]))
+    assert type(batch["images"]) is np.ndarray and batch["images"].shape == (2, 4, 4, 1)
+
+
+def source_like(images, part):
+    """The rows of `images` that a subset of 9 with seed 0 holds, found by their content."""
+    flat = {image.tobytes(): index for index, image in enumerate(images)}
+    return images[[flat[image.tobytes()] for image in part.images[:]]]

@@ -50,7 +50,8 @@ def test_the_record_names_the_run_the_data_and_the_attacks(evaluated, tiny_teach
         "workdir": str(workdir), "method": "ard", "student": "resnet6_w4", "teacher": str(tiny_teacher), "seed": 0,
         "parameters": models.parameter_count(models.restore(workdir)[1]), "step": 200, "checkpoint": "last",
         "weights": "newest", "dtype": "float32"}
-    assert record["data"] == {"name": "arrays", "split": "test", "examples": 40, "train_examples": 160}
+    assert record["data"] == {
+        "name": "arrays", "split": "test", "examples": 40, "train_examples": 160, "selection": "validation"}
     assert record["threat"] == {"norm": "linf", "epsilon": 0.1, "bounds": [0.0, 1.0]}
     assert set(record["accuracy"]) == set(record["attacks"]) == set(record["seconds"]) == {"clean", "fgsm", "pgd20"}
     assert record["attacks"]["pgd20"]["steps"] == 20

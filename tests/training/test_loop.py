@@ -53,7 +53,7 @@ def comparable(state):
 
 def numbers(workdir):
     """The entries of metrics.jsonl without what depends on the clock."""
-    clock = ("seconds", "images_per_second")
+    clock = ("seconds", "images_per_second", "input_wait")
     return [{name: value for name, value in entry.items() if name not in clock}
             for entry in read_metrics(workdir / "metrics.jsonl")]
 
@@ -95,11 +95,12 @@ def test_metrics_hold_every_step_once_and_what_each_was_worth(finished, config):
         assert {"step", "seconds", "train/loss", "train/distillation", "train/igdm", "train/weight/distillation",
                 "train/weight/igdm", "train/accuracy/adversarial", "train/accuracy/mirrored", "train/gradient_norm",
                 "train/teacher_accuracy/clean", "train/teacher_accuracy/adversarial", "train/teacher_accuracy/mirrored",
-                "learning_rate"} == set(entry) - {"images_per_second"}
+                "learning_rate"} == set(entry) - {"images_per_second", "input_wait"}
         assert entry["train/weight/distillation"] == 1
         assert entry["train/weight/igdm"] == pytest.approx(10 * entry["step"] / 6, rel=1e-5)
         # The first step is compiled and therefore not timed.
-        assert ("images_per_second" in entry) == (entry["step"] > 1)
+        assert ("images_per_second" in entry) == ("input_wait" in entry) == (entry["step"] > 1)
+        assert 0 <= entry.get("input_wait", 0) <= 1
         expected = entry["train/distillation"] + 10 * entry["step"] / 6 * entry["train/igdm"]
         assert entry["train/loss"] == pytest.approx(expected, rel=1e-4)
         assert entry["learning_rate"] == pytest.approx(0.05 * (1 + np.cos(np.pi * (entry["step"] - 1) / 6)), rel=1e-5)

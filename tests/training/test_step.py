@@ -14,6 +14,7 @@ import pytest
 
 from jaxrd import attacks, distillation, models
 from jaxrd.config import OptimizerConfig
+from jaxrd.data.augment import Augmentation
 from jaxrd.models.resnet import BasicBlock, ResNet
 from jaxrd.threat import ThreatModel
 from jaxrd.training import parallel, schedule, state as states, step
@@ -52,7 +53,7 @@ def recipe_of(name="ard+igdm", mirrored_statistics=False, **options) -> step.Rec
         "method": method, "student": student, "teacher": TEACHER if method.needs_teacher else None,
         "inner": distillation.InnerMaximisation(THREAT, STEP_SIZE, 2),
         "optimizer": schedule.optimizer(OptimizerConfig(learning_rate=RATE, nesterov=True), STEPS), "steps": STEPS,
-        "shift": 1, "flip": True, "weight_average": DECAY}
+        "augmentation": Augmentation(shift=1, flip=True), "weight_average": DECAY}
     return step.Recipe(**values | options)
 
 
@@ -109,8 +110,8 @@ def inputs(recipe):
     """What the first step sees: the state, augmented images, labels, and the key of its attack."""
     state, _ = fresh(recipe, one_device())
     augment_key, attack_key = jax.random.split(jax.random.fold_in(state.key, 0))
-    images = jax.jit(lambda key, images: step.augment(recipe, key, images))(augment_key, batch()["images"])
-    return state, images, jnp.asarray(batch()["labels"]), attack_key
+    images, labels = jax.jit(lambda key, batch: step.augment(recipe, key, batch))(augment_key, batch())
+    return state, images, labels, attack_key
 
 
 # What a step computes.
