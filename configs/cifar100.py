@@ -6,7 +6,11 @@
 
 Argument: "teacher" (PGD-AT of a WRN-34-10) or any method, then name=value pairs: `student` (resnet18 or mobilenet_v2, whose
 alphas are published), `preset` (default, paper or official), `published_teacher` (ltd, bdm or ikl: whose alpha), and any
-field. The data set: CIFAR-100 prepared by TFDS as array_record, or one's own arrays, --config.data.arrays=train.npz,test.npz.
+field. The data set: CIFAR-100, prepared by
+
+    python -m launch.prepare --dataset=cifar100
+
+or one's own: --config.data.name=mine, or --config.data.arrays=train.npz,test.npz.
 
 Published: L-infinity 8/255, 10 steps of 2/255, SGD 0.1 with momentum 0.9 and weight decay 5e-4, 200 epochs with the rate
 divided by 10 after 100 and 150 (rslad: 300; 215, 260, 285), crops padded by 4, flips; alpha of IGDM for pgd_at, trades, ard,
@@ -14,8 +18,8 @@ iad, akd, rslad, adaad, adaiad. For another teacher than those three it wants it
 path, where nothing is published. The formulas of the path method are a reconstruction, and its schedule is that of later code.
 
 One epoch is some 380 steps of 10 forward and backward passes: meant for accelerators. As the data set has no validation split,
-2 % of the training images (1,000) are held out for it; the papers train on all 50,000. IGDM's code takes the last epoch,
-DGAD's the best by PGD-10 on the test images.
+2 % of the training images (1,000) are held out for it; the papers train on all 50,000. IGDM's code takes the last epoch
+(data.selection=last), DGAD's the best by PGD-10 on the test images (data.selection=test).
 
 PUBLISHED numbers, single runs: clean / PGD-20 / AutoAttack. None has been reproduced with this file yet.
 

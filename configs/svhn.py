@@ -4,8 +4,12 @@
     python -m launch.train --config=configs/svhn.py:adaad+igdm --workdir=runs/svhn/adaad+igdm
 
 Argument: "teacher" (PGD-AT of a WRN-34-10, as in the paper, which does not say how it was trained) or any method, then
-name=value pairs: `student`, `preset` (default, paper or official), and any field. The data set: svhn_cropped prepared by TFDS
-as array_record, or one's own arrays, --config.data.arrays=train.npz,test.npz.
+name=value pairs: `student`, `preset` (default, paper or official), and any field. The data set: SVHN, prepared by
+
+    python -m launch.prepare --dataset=svhn_cropped
+
+or one's own arrays, --config.data.arrays=train.npz,test.npz. Its 531,131 easier images can be mixed in:
+--config.data.extra=svhn_cropped --config.data.extra_split=extra.
 
 Published: L-infinity 8/255, 10 steps of 2/255, SGD 0.1 with momentum 0.9 and weight decay 5e-4, 50 epochs with the rate divided
 by 10 after 40 and 45, crops (padded by 4 here; the padding is not published) and flips, which the code leaves out

@@ -1,14 +1,14 @@
 """Tiny-ImageNet (200 classes, 64x64) with published hyper-parameters (`jaxrd.presets`): of the IGDM paper (Lee et al. 2025,
 appendix B) and of DGAD.
 
-    python -m launch.train --config=configs/tiny_imagenet.py:teacher --config.data.arrays=train.npz,test.npz \
-        --workdir=runs/tiny_imagenet/teacher
-    python -m launch.train --config=configs/tiny_imagenet.py:adaad+igdm --config.data.arrays=train.npz,test.npz \
-        --workdir=runs/tiny_imagenet/adaad+igdm
+    python -m launch.train --config=configs/tiny_imagenet.py:teacher    --workdir=runs/tiny_imagenet/teacher
+    python -m launch.train --config=configs/tiny_imagenet.py:adaad+igdm --workdir=runs/tiny_imagenet/adaad+igdm
 
 Argument: "teacher" (PGD-AT of a WRN-34-10; the paper's is one fine-tuned by RiFT) or any method, then name=value pairs:
-`student`, `preset` (default, paper or official), and any field. jaxrd does not build this data set yet: train from arrays
-(images [n, 64, 64, 3] and labels), test.npz holding the validation images, whose labels are public.
+`student`, `preset` (default, paper or official), and any field. The data set, from the official archive or its folder (without
+TensorFlow); its split "test" holds the official validation images, whose labels are public:
+
+    python -m launch.prepare --dataset=tiny_imagenet --source=tiny-imagenet-200.zip
 
 Published: L-infinity 8/255, 10 steps of 2/255, SGD 0.1 with momentum 0.9 and weight decay 5e-4, 100 epochs with the rate
 divided by 10 after 50 and 80 (dgad: 200; 100, 150), crops padded by 4, flips; alpha of IGDM for a PreActResNet-18 and the

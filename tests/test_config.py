@@ -68,7 +68,7 @@ def config_with(path, value):
     ("seed", None, "whole number"), ("student", 5.5, "text"), ("student", "resnt18", 'did you mean "resnet18"?'),
     ("dtype", "float16", "bfloat16"), ("data.flip", 1, "true or false"), ("data.flip", "maybe", "true or false"),
     ("data.examples", 0, "above 0"), ("data.examples", "8/3", "whole number or None"),
-    ("data.validation_fraction", 1, "between 0 and 1"), ("data.shift", -1, "0 or above"),
+    ("data.validation_fraction", 1, "between 0 and 1"), ("data.shift", -1, "0 (none) or above"),
     ("threat.norm", "l7", '"linf" or "l2"'), ("threat.epsilon", 0, "above 0"), ("threat.epsilon", -0.1, "above 0"),
     ("threat.epsilon", 8, "8/255 instead of 8"), ("threat.epsilon", "8/0", "8/255"), ("threat.epsilon", "nan", "8/255"),
     ("threat.epsilon", float("inf"), "8/255"), ("threat.epsilon", None, "8/255"), ("threat.epsilon", [0.1], "8/255"),

@@ -8,6 +8,7 @@ import scipy.special
 import scipy.stats
 
 from jaxrd import objectives
+from tests.support import assert_input_error
 
 BATCH, CLASSES = 40, 7
 GENERATOR = np.random.default_rng(0)
@@ -38,6 +39,44 @@ def tree(function, *arguments):
 def test_cross_entropy_is_minus_the_log_probability(float64):
     expected = -scipy.special.log_softmax(LOGITS, axis=1)[ROWS, LABELS]
     np.testing.assert_allclose(tree(objectives.cross_entropy, LOGITS, LABELS), expected, rtol=1e-12)
+
+
+def test_cross_entropy_of_soft_labels_is_the_expectation(float64):
+    q = scipy.special.softmax(TARGET, axis=1)
+    expected = -np.sum(q * scipy.special.log_softmax(LOGITS, axis=1), axis=1)
+    np.testing.assert_allclose(tree(objectives.cross_entropy, LOGITS, q), expected, rtol=1e-12)
+    # Entropy plus divergence, and the gradient of both: softmax - q.
+    divergence = tree(objectives.kl_divergence, np.log(q), LOGITS)
+    np.testing.assert_allclose(expected, scipy.stats.entropy(q, axis=1) + divergence, rtol=1e-10)
+    gradient = jax.grad(lambda z: jnp.sum(objectives.cross_entropy(z, jnp.asarray(q))))(jnp.asarray(LOGITS))
+    np.testing.assert_allclose(gradient, scipy.special.softmax(LOGITS, axis=1) - q, atol=1e-12)
+
+
+def test_soft_labels_that_are_certain_are_the_labels():
+    logits, labels = jnp.asarray(LOGITS, jnp.float32), jnp.asarray(LABELS)
+    certain = jax.nn.one_hot(labels, CLASSES)
+    for function in (objectives.cross_entropy, objectives.expectation, objectives.correct):
+        np.testing.assert_array_equal(function(logits, certain), function(logits, labels))
+
+
+def test_soft_labels_are_correct_where_their_likeliest_class_is_found():
+    logits = jnp.array([[2.0, 1.0, 0.0]] * 4)
+    soft = jnp.array([[0.6, 0.4, 0.0], [0.4, 0.6, 0.0], [0.5, 0.5, 0.0], [0.3, 0.3, 0.4]])
+    assert objectives.correct(logits, soft).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("function", [
+    objectives.margin, objectives.dlr, objectives.boosted_cross_entropy,
+    lambda z, q: objectives.targeted_dlr(z, q, jnp.zeros(4, int))])
+def test_what_needs_one_true_class_refuses_soft_labels(function):
+    assert_input_error(lambda: function(jnp.zeros([4, 5]), jnp.full([4, 5], 0.2)), "soft, float32[4, 5]", "int [batch]",
+                       "--config.data.mixing=none")
+
+
+@pytest.mark.parametrize("function", [objectives.cross_entropy, objectives.correct])
+def test_labels_of_another_dtype_are_refused(function):
+    for labels in (jnp.zeros([4]), jnp.zeros([4, 3], int), jnp.zeros([4], bool)):
+        assert_input_error(lambda: function(jnp.zeros([4, 3]), labels), f"labels are {labels.dtype}[4", "rows that sum to 1")
 
 
 def test_kl_divergence_takes_the_target_first(float64):
@@ -184,7 +223,9 @@ def test_objectives_treat_examples_apart():
 
 @pytest.mark.parametrize("call", [
     lambda: objectives.cross_entropy(jnp.zeros([4, 3]), jnp.zeros([3], int)),
-    lambda: objectives.cross_entropy(jnp.zeros([4, 3]), jnp.zeros([4, 3])),
+    lambda: objectives.cross_entropy(jnp.zeros([4, 3]), jnp.zeros([4, 2])),
+    lambda: objectives.cross_entropy(jnp.zeros([4, 3]), jnp.zeros([1, 3])),
+    lambda: objectives.correct(jnp.zeros([4, 3]), jnp.zeros([1, 3])),
     lambda: objectives.margin(jnp.zeros([4]), jnp.zeros([4], int)),
     lambda: objectives.kl_divergence(jnp.zeros([4, 3]), jnp.zeros([1, 3])),
     lambda: objectives.l1_distance(jnp.zeros([4, 3]), jnp.zeros([4, 2])),
@@ -226,3 +267,13 @@ def test_parity_with_torch_gradients():
     torch.nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="sum").backward()
     ours = jax.grad(lambda z: jnp.sum(objectives.cross_entropy(z, jnp.asarray(labels))))(jnp.asarray(EXTREME))
     np.testing.assert_allclose(ours, logits.grad.numpy(), atol=1e-6)
+
+
+def test_parity_with_torch_on_soft_labels(float64):
+    torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch, which jaxrd does not")
+    q, logits = scipy.special.softmax(TARGET, axis=1), torch.tensor(LOGITS, requires_grad=True)
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(q), reduction="none")
+    expected.sum().backward()
+    ours, gradient = jax.vjp(lambda z: objectives.cross_entropy(z, jnp.asarray(q)), jnp.asarray(LOGITS))
+    np.testing.assert_allclose(ours, expected.detach().numpy(), rtol=1e-12)
+    np.testing.assert_allclose(gradient(jnp.ones(BATCH))[0], logits.grad.numpy(), atol=1e-12)

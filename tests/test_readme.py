@@ -36,7 +36,7 @@ def test_every_training_command_is_a_valid_configuration(command):
     assert done.returncode == 0 and "training.batch_size = " in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("module", ["evaluate", "benchmark", "weights"])
+@pytest.mark.parametrize("module", ["evaluate", "benchmark", "weights", "prepare"])
 def test_every_other_command_uses_flags_that_exist(module):
     known = subprocess.run([sys.executable, "-m", f"launch.{module}", "--help"], cwd=ROOT, text=True, capture_output=True)
     used = {word.split("=")[0] for command in commands(module) for word in shlex.split(command)[3:]}

@@ -313,8 +313,9 @@ def test_images_are_mixed_with_the_probability_asked_for():
 @pytest.mark.parametrize("field, value, rule", [
     ("shift", -1, "0 (none) or above"), ("shift", 1.5, "whole number"), ("shift", True, "whole number"),
     ("cutout", -2, "0 (none) or above"), ("cutout", "4", "whole number"), ("flip", 0.5, "True or False"),
-    ("mixing", "cutmixx", 'did you mean "cutmix"?'), ("mixing_alpha", 0.0, "above 0"), ("mixing_alpha", float("inf"), "above 0"),
-    ("mixing_alpha", "1", "a number"), ("mixing_probability", 1.1, "in [0, 1]"), ("mixing_probability", float("nan"), "[0, 1]")])
+    ("mixing", "cutmixx", 'did you mean "cutmix"?'), ("mixing_alpha", 0.0, "above 0"), ("mixing_alpha", float("inf"), "above"),
+    ("mixing_alpha", "1", "a number"), ("mixing_probability", 1.1, "in [0, 1]"), ("mixing_probability", float("nan"), "[0, 1]"),
+])
 def test_bad_options_are_refused(field, value, rule):
     assert_input_error(lambda: Augmentation(**{field: value}), f"{field} is ", str(value), rule)
 
@@ -339,3 +340,7 @@ def test_keys_images_and_partners_must_match():
                   (images, labels[:3], partners, partner_labels)):
         with pytest.raises(AssertionError):
             augment.augment_pairs(augmentation, keys, *wrong, CLASSES)
+    assert_input_error(
+        lambda: augment.augment_pairs(
+            augmentation, keys, images, labels, augment.to_float(partners), partner_labels, CLASSES),
+        "partners have dtype float32", "uint8")

@@ -173,13 +173,13 @@ def test_a_full_disk_leaves_nothing_and_the_arrays_in_memory(path, monkeypatch, 
     assert isinstance(assert_read(path), np.memmap)
 
 
-def test_damaged_records_are_no_full_disk(path, monkeypatch):
+def test_damaged_records_are_no_full_disk(path, monkeypatch, decoded):
     def damaged(*_):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("tensorflow_datasets.core.data_sources.base.BaseDataSource.__getitems__", damaged)
     assert_input_error(lambda: read(path), str(path), "Input/output error", "delete this directory")
-    assert list((path / "arrays").iterdir()) == []
+    assert list((path / "arrays").iterdir()) == [] and decoded == ["train"]
 
 
 def test_of_several_threads_one_decodes(path, decoded):
@@ -214,6 +214,15 @@ def test_records_that_are_not_those_of_their_checksums_are_refused(path):
     shard.write_bytes(content)
     assert_input_error(lambda: read(path), str(shard), "checksums.json", "delete this directory")
     assert_read(path, "test")
+
+
+def test_a_record_file_with_fewer_examples_is_refused(path, tmp_path):
+    images, labels = SPLITS["train"]
+    other = write(tmp_path / "other", splits={"train": (images[:20], labels[:20])})
+    (shard,) = path.glob("mine-train*")
+    shutil.copy(other / shard.name, shard)
+    assert_input_error(lambda: read(path), str(path), "delete this directory")
+    assert list((path / "arrays").iterdir()) == []
 
 
 def test_there_need_be_no_train_but_only_the_splits_there_are(tmp_path):

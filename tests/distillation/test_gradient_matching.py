@@ -7,6 +7,7 @@ import pytest
 import scipy.special
 
 from jaxrd import distillation
+from jaxrd.distillation.gradient_matching import input_gradients
 
 BATCH, SHAPE, CLASSES = 6, (3, 3, 2), 5
 SIZE = int(np.prod(SHAPE))
@@ -175,3 +176,19 @@ def test_parity_with_the_loss_as_published_in_torch(float64):
     np.testing.assert_allclose(value, loss.item(), rtol=1e-10)
     np.testing.assert_allclose(gradients[0], student_plus.grad.numpy(), atol=1e-12)
     np.testing.assert_allclose(gradients[1], student_minus.grad.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("scalar, expected", [
+    ("probability", lambda q, z: jnp.sum(q * jax.nn.softmax(z))), ("logit", lambda q, z: jnp.sum(q * z)),
+    ("cross_entropy", lambda q, z: -jnp.sum(q * jnp.log(jax.nn.softmax(z))))])
+def test_input_gradients_under_soft_labels_are_those_of_the_expectation(float64, scalar, expected):
+    soft = scipy.special.softmax(draw(BATCH, CLASSES, seed=3), axis=1)
+    got = input_gradients(lambda images: network(STUDENT, images), IMAGES, jnp.asarray(soft), scalar)
+    assert got.shape == IMAGES.shape
+    for image, q, gradient in zip(IMAGES, soft, got):
+        one = jax.grad(lambda image: expected(q, network(STUDENT, image[None])[0]))(jnp.asarray(image))
+        np.testing.assert_allclose(gradient, one, atol=1e-12)
+    labels = jnp.asarray([0, 1, 2, 3, 4, 0])
+    certain = input_gradients(lambda images: network(STUDENT, images), IMAGES, jax.nn.one_hot(labels, CLASSES), scalar)
+    hard = input_gradients(lambda images: network(STUDENT, images), IMAGES, labels, scalar)
+    np.testing.assert_allclose(certain, hard, atol=1e-12)
