@@ -157,7 +157,7 @@ def _locked(lock: pathlib.Path, waiting: Callable[[str], object]) -> tuple[int, 
                     return descriptor, False
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                waiting(os.pread(descriptor, 300, 0).decode(errors="replace") or "another process")
+                waiting(_holder(descriptor))
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError:
                 return descriptor, False
@@ -171,6 +171,15 @@ def _locked(lock: pathlib.Path, waiting: Callable[[str], object]) -> tuple[int, 
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    """Returns who is inside; that one writes it a moment after it has come in."""
+    for _ in range(50):
+        if text := os.pread(descriptor, 300, 0):
+            return text.decode(errors="replace")
+        time.sleep(0.01)
+    return "another process"
 
 
 def sha256(path: str | pathlib.Path) -> str:

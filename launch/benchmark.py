@@ -190,8 +190,8 @@ def input_of(config) -> None:
         "both, as in training": seconds_per_batch(lambda step, stream: augmented(key, step, next(stream)["images"]))}
     print(f"{len(source):,} images {'x'.join(map(str, source.image_shape))} {source.images.dtype}, batch {batch_size}, shift "
           f"{augmentation.shift}, flip {augmentation.flip}, cutout {augmentation.cutout}, "
-          f"{'resident on' if resident else 'brought to'} {mesh.size} {jax.default_backend()} device(s), {os.cpu_count()} cores, "
-          f"medians of {_repeats(7)} times {batches} batches")
+          f"{'resident on' if resident else 'brought to'} {mesh.size} {jax.default_backend()} device(s), "
+          f"{os.cpu_count()} cores; medians of {_repeats(7)} times {batches} batches")
     for name, seconds in times.items():
         print(f"  {name:<32}{1e3 * seconds:9.3f} ms a batch {batch_size / seconds:>12,.0f} images/s")
 
@@ -244,7 +244,7 @@ def _feeder(config, source, recipe, mesh):
     from jaxrd.training.feeding import Feeder
 
     return Feeder(source, mesh, seed=config.seed, batch_size=config.training.batch_size,
-                  partners=recipe.augmentation.mixes, resident=config.data.resident)
+                  partners=recipe.augmentation.mixes, negatives=recipe.method.negatives, resident=config.data.resident)
 
 
 def parts_of(config) -> None:
@@ -268,20 +268,20 @@ def parts_of(config) -> None:
     _, cached = compile_step()
 
     # Each part on the outputs of the one before.
-    augment = jax.jit(lambda key, batch: steps.augment(recipe, key, batch))
+    augment = jax.jit(lambda key, batch: (steps.augment(recipe, key, batch), steps.augment_negatives(recipe, key, batch)))
     attack = jax.jit(lambda *inputs: steps.attack(recipe, *inputs))
     teacher = jax.jit(lambda *inputs: steps.teacher_logits(recipe, *inputs))
     gradients_of = jax.jit(lambda *inputs: steps.gradients_of(recipe, *inputs))
     update = jax.jit(lambda *inputs: steps.update(recipe, *inputs))
-    images, labels = augment(key, batch)
-    views, teacher_clean = attack(key, state, teacher_variables, images, labels)
-    logits = teacher(teacher_variables, views, teacher_clean, labels)
-    gradients, batch_stats, _ = gradients_of(state, views, logits, labels)
+    (images, labels), negatives = augment(key, batch)
+    views, teacher_clean = attack(key, state, teacher_variables, images, labels, *negatives)
+    logits = teacher(teacher_variables, views, teacher_clean, labels, negatives[1])
+    gradients, batch_stats, _ = gradients_of(state, views, logits, labels, negatives[1])
     parts = {
         "augmentation": (augment, key, batch),
-        f"attack ({recipe.inner.steps} steps)": (attack, key, state, teacher_variables, images, labels),
-        "teacher": (teacher, teacher_variables, views, teacher_clean, labels),
-        "student loss and gradient": (gradients_of, state, views, logits, labels),
+        f"attack ({recipe.inner.steps} steps)": (attack, key, state, teacher_variables, images, labels, *negatives),
+        "teacher": (teacher, teacher_variables, views, teacher_clean, labels, negatives[1]),
+        "student loss and gradient": (gradients_of, state, views, logits, labels, negatives[1]),
         "optimiser and weight average": (update, state, gradients, batch_stats),
     }
     if not recipe.method.needs_teacher:

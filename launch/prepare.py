@@ -44,7 +44,7 @@ def main() -> None:
     if _IMAGE_SIZE.value and what is _DATASET and _DATASET.value != "tiny_imagenet":
         raise InputError(f"--image_size does not go with --dataset={_DATASET.value}; leave it out")
     from jaxrd.data import preparation
-    from jaxrd.data.source import open_split
+    from jaxrd.data.opening import open_split
     if what is _NPZ:
         preparation.check_name(_NAME.value)
         splits = ("train", "test") if len(_NPZ.value) == 2 else ("train", "validation", "test")

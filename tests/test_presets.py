@@ -235,9 +235,9 @@ def test_digits_take_the_method_options_of_a_preset():
 
 
 @pytest.mark.parametrize("name, selection", [
-    ("teacher", "test"), ("pgd_at+igdm", "last"), ("trades", "last"), ("ard+igdm", "last"), ("iad", "test"), ("iad+igdm", "last"),
-    ("rslad", "last"), ("adaad", "test"), ("adaad+igdm", "last"), ("adaiad", "test"), ("dgad", "test"), ("dgad+igdm", "test"),
-    ("mart", "last"), ("path", "validation")])
+    ("teacher", "test"), ("pgd_at+igdm", "last"), ("trades", "last"), ("ard+igdm", "last"), ("iad", "test"),
+    ("iad+igdm", "last"), ("rslad", "last"), ("adaad", "test"), ("adaad+igdm", "last"), ("adaiad", "test"), ("dgad", "test"),
+    ("dgad+igdm", "test"), ("mart", "last"), ("path", "validation")])
 def test_official_chooses_the_checkpoint_as_the_published_code_does_and_nothing_else_does(name, selection):
     assert published("cifar10", name, preset="official").data.selection == selection
     assert published("cifar10", name, preset="paper").data.selection == "validation"

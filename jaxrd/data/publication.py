@@ -96,6 +96,8 @@ def publish(
                         raise
                     return _already_there(name, target, origin, say)  # somebody was faster, where there are no locks
     except OSError as error:
+        if target.exists():  # and something beside it that may not be removed
+            return _already_there(name, target, origin, say)
         raise InputError(f"{root}: data set {name} cannot be written there ({error.strerror or error}); nothing of it is left; "
                          "make room, or pass another directory (--data_dir)") from error
     say(f"{name}: prepared in {target}")

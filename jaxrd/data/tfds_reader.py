@@ -58,7 +58,7 @@ class Prepared:
 
     def check(self) -> None:
         """Raises InputError where a record file is missing."""
-        for split in self.splits:
+        for split in () if self._mocked else self.splits:
             for file in self._builder.info.splits[split].filepaths:
                 if not os.path.isfile(file):
                     raise _damaged(self.path, FileNotFoundError(f"{file.name} is missing"))
@@ -105,13 +105,14 @@ class Prepared:
             yield images, np.array([record["label"] for record in chunk]).astype(np.int64)
 
 
-def find(name: str, directory: str | os.PathLike | None = None) -> Prepared:
+def find(name: str, directory: str | os.PathLike | None = None, *, instead: str = _INSTEAD) -> Prepared:
     """Finds a prepared data set and reads what it says about itself.
 
     Args:
       name: "jaxrd_digits", which is prepared on first use, or the name of a prepared data set, with its config where
         it has some ("cifar10", "downsampled_imagenet/32x32"); its features must include `image` and `label`.
       directory: where TFDS keeps its data sets; TFDS's own choice (~/tensorflow_datasets) by default.
+      instead: what a message may name to pass instead of a data set.
 
     Returns:
       The data set; none of its images are in memory.
@@ -123,7 +124,7 @@ def find(name: str, directory: str | os.PathLike | None = None) -> Prepared:
     if not re.fullmatch(_NAME, name):
         raise InputError(f"data set {name!r} is no TFDS name: pass one such as 'cifar10' or 'imagenet_resized/32x32'")
     if _is_mocked():
-        return _mocked(name, root)
+        return _mocked(name, root, instead)
     if name == DIGITS:
         from jaxrd.data import digits
 
@@ -131,7 +132,7 @@ def find(name: str, directory: str | os.PathLike | None = None) -> Prepared:
         if not path.exists():
             digits.prepare(root)
     else:
-        path = _find_files(name, root)
+        path = _find_files(name, root, instead)
     return at(name, path)
 
 
@@ -158,13 +159,13 @@ def at(name: str, path: pathlib.Path) -> Prepared:
     return prepared
 
 
-def names(pattern: str, directory: str | os.PathLike | None = None) -> list[str]:
+def names(pattern: str, directory: str | os.PathLike | None = None, *, instead: str = _INSTEAD) -> list[str]:
     """Lists the prepared data sets that a pattern stands for.
 
     Args:
       pattern: the name of a data set, or one in which *, ? and [...] stand for parts of it, as in "cifar10_corrupted/*";
         none of them stands for a "/".
-      directory: as for `find`.
+      directory, instead: as for `find`.
 
     Returns:
       Names for `find`, in alphabetical order; at least one.
@@ -173,14 +174,14 @@ def names(pattern: str, directory: str | os.PathLike | None = None) -> list[str]
       InputError: none is prepared.
     """
     if not set("*?[") & set(pattern):
-        return [find(pattern, directory).name]
+        return [find(pattern, directory, instead=instead).name]
     root = root_of(directory)
     there = _mocked_names(pattern) if _is_mocked() else _prepared_names(root)
     parts = pattern.split("/")
     found = [name for name in there if len(each := name.split("/")) == len(parts)
              and all(fnmatch.fnmatchcase(*pair) for pair in zip(each, parts))]
     if not found:
-        raise not_prepared(pattern, root)
+        raise not_prepared(pattern, root, instead)
     return sorted(found)
 
 
@@ -205,7 +206,7 @@ def catalogue() -> list[str]:
     return own + [name for name in tfds.list_builders(with_community_datasets=False) if name not in own]
 
 
-def _find_files(name: str, root: pathlib.Path) -> pathlib.Path:
+def _find_files(name: str, root: pathlib.Path, instead: str) -> pathlib.Path:
     """Finds a prepared data set by its files alone: the code of its builder might ask the network."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
@@ -213,7 +214,7 @@ def _find_files(name: str, root: pathlib.Path) -> pathlib.Path:
     try:
         return pathlib.Path(read_only_builder.builder_from_files(name, data_dir=os.fspath(root)).data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        raise not_prepared(name, root) from error
+        raise not_prepared(name, root, instead) from error
     except Exception as error:
         raise _damaged(root / re.split("[/:]", name)[0], error) from error
 
@@ -245,19 +246,19 @@ def _check_sums(path: pathlib.Path, records: list[pathlib.Path]) -> None:
                              f"delete this directory and prepare the data again")
 
 
-def not_prepared(name: str, root: pathlib.Path) -> InputError:
+def not_prepared(name: str, root: pathlib.Path, instead: str = _INSTEAD) -> InputError:
     """Says how to prepare a data set of the catalogue, or what the user may have meant."""
     known, base = catalogue(), re.split("[/:]", name)[0]
     where = data_dir_flag(root)
     if base in known:
         source = " --source=tiny-imagenet-200.zip" if base == TINY_IMAGENET else ""
         command = f"python -m launch.prepare --dataset={shlex.quote(name)}{source}{where}"
-        return InputError(f"data set {name!r} is not prepared in {root}: prepare it with {command}, or pass {_INSTEAD}")
+        return InputError(f"data set {name!r} is not prepared in {root}: prepare it with {command}, or pass {instead}")
     guess = difflib.get_close_matches(base, known, n=1)
     hint = f"did you mean {guess[0]!r}? Otherwise pass" if guess else "pass a TFDS name or"
     own = base if re.fullmatch(_NAME, base) else "NAME"
     command = f"python -m launch.prepare --npz=train.npz,test.npz --name={own}{where}"
-    return InputError(f"data set {name!r} is unknown to TFDS and not prepared in {root}: {hint} {_INSTEAD}, or prepare "
+    return InputError(f"data set {name!r} is unknown to TFDS and not prepared in {root}: {hint} {instead}, or prepare "
                       f"images of your own with {command}")
 
 
@@ -278,7 +279,7 @@ def _is_mocked() -> bool:
     return tfds.core.DatasetBuilder.as_data_source.__module__ != tfds.core.DatasetBuilder.__module__
 
 
-def _mocked(name: str, root: pathlib.Path) -> Prepared:
+def _mocked(name: str, root: pathlib.Path, instead: str) -> Prepared:
     """Asks the builder's code, as `mock_data` does; it has no files, and would otherwise look for them."""
     import tensorflow_datasets as tfds
 
@@ -286,7 +287,7 @@ def _mocked(name: str, root: pathlib.Path) -> Prepared:
     try:
         builder = tfds.builder(name, data_dir=os.fspath(root), file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise not_prepared(name, root) from error
+        raise not_prepared(name, root, instead) from error
     splits = builder.info.splits or (["test"] if re.split("[/:]", name)[0] in _WITHOUT_TRAIN else ["train", "test"])
     sizes = {split: len(builder.as_data_source(split)) for split in splits}
     return described(name, root, builder, sizes, mocked=True)

@@ -10,11 +10,11 @@ from jaxrd.distillation.inner_maximisation import (
     trades_attack)
 from jaxrd.distillation.introspection import reliability
 from jaxrd.distillation.modules import with_awp, with_direct, with_igdm, with_jvp
-from jaxrd.distillation.views import ADVERSARIAL, CLEAN, MIRRORED, View
+from jaxrd.distillation.views import ADVERSARIAL, CLEAN, MIRRORED, NEGATIVE, View
 
 __all__ = [
-    "ADVERSARIAL", "CLEAN", "MIRRORED", "Attack", "Context", "InnerMaximisation", "Method", "MethodConfig",
-    "Monitor", "Term", "View", "cross_entropy_attack", "gradient_matching", "igdm", "jvp_matching", "method",
+    "ADVERSARIAL", "CLEAN", "MIRRORED", "NEGATIVE", "Attack", "Context", "InnerMaximisation", "Method",
+    "MethodConfig", "Monitor", "Term", "View", "cross_entropy_attack", "gradient_matching", "igdm", "jvp_matching", "method",
     "misclassified", "path_weights", "pgd_attack", "predictive_consistency", "register", "reliability",
     "swap_labels", "teacher_fixed_attack", "teacher_moving_attack", "trades_attack", "with_awp", "with_direct",
     "with_igdm", "with_jvp"]

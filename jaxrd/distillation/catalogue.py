@@ -97,6 +97,8 @@ class MethodConfig:
     path_statistics: bool = documented(False, "let intermediate points move the BatchNorm running statistics")
     path_natural: str = documented("anchor", 'what 1 - path_alpha weighs: the "anchor", or "both" branches\' starts')
     path_hinge: float = documented(0.0, "train a branch only while its mean is above that of this label smoothing; 0: always")
+    path_negatives: str = documented("data", 'where negative images of uniform classes come from: the "data", an image of '
+                                             'another class for each of the batch, or the "batch" itself')
 
 
 BASES: dict[str, Callable[..., Method]] = {

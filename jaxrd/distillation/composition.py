@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrd.distillation.inner_maximisation import Attack
-from jaxrd.distillation.views import View
+from jaxrd.distillation.views import LABELS, View
 from jaxrd.distillation.weight_perturbation import WeightPerturbation
-from jaxrd.errors import InputError
+from jaxrd.errors import InputError, choose
 
 Array = jax.Array
 Logits = Mapping[str, Array]  # view name -> logits [batch, classes], or what the view's readout gives
@@ -36,6 +36,7 @@ class Term:
       weight: its factor in the sum.
       ramp: training progress in (0, 1] -> a further factor.
       hard_labels: it is defined for one true class per image only.
+      labels: whose labels the loss is given: "labels", or "negative_labels" for those of the negatives, which are int32.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Term:
     weight: float = 1.0
     ramp: Ramp = jnp.ones_like
     hard_labels: bool = False
+    labels: str = "labels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +57,13 @@ class Monitor:
       name: its name in the metrics.
       value: (student logits by view, teacher logits by view, labels) -> [batch], as a term's loss.
       hard_labels: as a term's.
+      labels: as a term's.
     """
 
     name: str
     value: Loss
     hard_labels: bool = False
+    labels: str = "labels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +79,8 @@ class Method:
       weight_perturbation: take the loss at adversarially perturbed weights; None: at the weights themselves.
 
     Raises:
-      InputError: a term that reads a view which is not declared, two terms or views of one name, or a term with the name of
-        another metric.
+      InputError: a term that reads a view which is not declared, two terms or views of one name, a term with the name of
+        another metric, or labels that no batch has.
     """
 
     name: str
@@ -96,6 +100,8 @@ class Method:
             if item.name in ("loss", "gradient_norm") or item.name.startswith(("accuracy/", "teacher_accuracy/", "weight/")):
                 raise InputError(
                     f'term "{item.name}" of method "{self.name}" has the name of another metric; call it otherwise')
+        for item in (*self.views, *self.terms, *self.monitors):
+            choose(f'method "{self.name}", labels of "{item.name}"', item.labels, LABELS)
         known = {view.name for view in self.views}
         for term in self.terms:
             for name in (*term.student, *term.teacher):
@@ -139,11 +145,19 @@ class Method:
         return any(part.hard_labels for part in (self.attack, *self.terms, *self.monitors))
 
     @property
+    def negatives(self) -> bool:
+        """Whether a batch must have "negatives" and "negative_labels": an image of another class for each of its own."""
+        return self.attack.negatives or any(
+            part.labels == "negative_labels" for part in (*self.views, *self.terms, *self.monitors))
+
+    @property
     def batch_norm_sets(self) -> int:
         """How many sets of BatchNorm the student must have."""
         return 1 + max((view.batch_norm_set for view in self.student_views), default=0)
 
-    def loss(self, student: Logits, teacher: Logits, labels: Array, progress: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        self, student: Logits, teacher: Logits, labels: Array, progress: Array, negative_labels: Array | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
         """Returns the per-example loss sum_i weight_i * ramp_i(progress) * term_i and the unweighted terms by name.
 
         Args:
@@ -151,6 +165,7 @@ class Method:
           teacher: likewise; empty without a teacher.
           labels: [batch] int32, or soft ones, [batch, classes] float32.
           progress: scalar in (0, 1], the fraction of training that this step completes.
+          negative_labels: [batch] int32, the classes of the negatives, where the method has such.
 
         Returns:
           ([batch], {term name: [batch]}).
@@ -158,7 +173,8 @@ class Method:
         terms = {
             term.name: term.loss(
                 _Views(term.name, "student", {name: student[name] for name in term.student}),
-                _Views(term.name, "teacher", {name: teacher[name] for name in term.teacher}), labels)
+                _Views(term.name, "teacher", {name: teacher[name] for name in term.teacher}),
+                negative_labels if term.labels == "negative_labels" else labels)
             for term in self.terms}
         weights = self.weights(progress)
         return sum(weights[name] * terms[name] for name in terms), terms
@@ -167,11 +183,14 @@ class Method:
         """Returns weight * ramp(progress) of every term, by name."""
         return {term.name: term.weight * term.ramp(progress) for term in self.terms}
 
-    def monitored(self, student: Logits, teacher: Logits, labels: Array) -> dict[str, Array]:
+    def monitored(
+        self, student: Logits, teacher: Logits, labels: Array, negative_labels: Array | None = None,
+    ) -> dict[str, Array]:
         """Returns the value of every monitor, by name: arguments as for `loss`."""
         return {
             monitor.name: monitor.value(
-                _Views(monitor.name, "student", student), _Views(monitor.name, "teacher", teacher), labels)
+                _Views(monitor.name, "student", student), _Views(monitor.name, "teacher", teacher),
+                negative_labels if monitor.labels == "negative_labels" else labels)
             for monitor in self.monitors}
 
 

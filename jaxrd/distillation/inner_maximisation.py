@@ -59,6 +59,9 @@ class Context:
       teacher: images -> logits, differentiable with respect to the images; None without a teacher.
       teacher_clean: [batch, classes], the teacher's logits on `images`, where the attack asked for them.
       auxiliary: the student with its second set of BatchNorm, where a method has one; else None.
+      negatives: [batch, h, w, c] float32, an image of another class for each, augmented too, where a method has them; else
+        None.
+      negative_labels: [batch] int32, their classes.
     """
 
     images: Array
@@ -67,6 +70,8 @@ class Context:
     teacher: LogitsFn | None = None
     teacher_clean: Array | None = None
     auxiliary: LogitsFn | None = None
+    negatives: Array | None = None
+    negative_labels: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Attack:
       teacher: the attack needs a teacher at all.
       teacher_gradient: it climbs through the teacher, which then needs an input gradient.
       two_classes: a batch must hold images of two classes at least.
+      negatives: the attack reads `context.negatives`.
       hard_labels: it is defined for one true class per image only.
     """
 
@@ -87,6 +93,7 @@ class Attack:
     teacher: bool = False
     teacher_gradient: bool = False
     two_classes: bool = False
+    negatives: bool = False
     hard_labels: bool = False
 
 
@@ -136,7 +143,7 @@ def teacher_moving_attack() -> Attack:
 
 def path_attack(
     *, inner_loss: str = "cross_entropy", points: int = 10, targeted: bool = True, targeted_start: str = "negative_image",
-    target_class: str = "uniform",
+    target_class: str = "uniform", negatives: str = "data",
 ) -> Attack:
     """Returns the attack that generates the paths of the CVPR 2024 path method (a reconstruction: `adversarial_path`).
 
@@ -149,6 +156,9 @@ def path_attack(
       targeted: generate the targeted path too.
       targeted_start: "negative_image", the target being the class of an anchor in the batch, or "anchor_image", any other.
       target_class: "uniform", or the best other class by the "teacher" or the "student", or the "least_likely".
+      negatives: where the negative images for a uniform class come from: the "data", one for each image of the batch, which
+        is its anchor; or the "batch" itself, each image with an anchor drawn from the others. Where a network chooses the
+        class, there is no anchor, and the images of the batch are the negatives.
 
     Raises:
       InputError: an unknown name, or no points.
@@ -159,6 +169,9 @@ def path_attack(
     choose("path inner_loss", inner_loss, climbs)
     choose("path targeted_start", targeted_start, ("negative_image", "anchor_image"))
     choose("path target_class", target_class, ("uniform", "teacher", "student", "least_likely"))
+    choose("path negatives", negatives, ("data", "batch"))
+    negative_images = targeted and targeted_start == "negative_image"
+    from_data = negative_images and target_class == "uniform" and negatives == "data"
     objective = climbs[inner_loss]
     teacher_on_clean = inner_loss == "teacher_clean" or targeted and target_class in ("teacher", "least_likely")
 
@@ -175,14 +188,18 @@ def path_attack(
         views["adversarial"] = path[chosen[-1]]
         if targeted:
             start_key, target_key = jax.random.split(jax.random.fold_in(key, _TARGETED))
-            descend = _descends_to_target(target_key, context, inner_loss, targeted_start, target_class)
-            path = attacks.pgd_path(start_key, descend, context.images, descend=True, **budget)
+            if from_data:
+                start, descend = context.negatives, _descends_to_anchor(context, inner_loss)
+            else:
+                start = context.images
+                descend = _descends_to_target(target_key, context, inner_loss, targeted_start, target_class)
+            path = attacks.pgd_path(start_key, descend, start, descend=True, **budget)
             views |= {f"targeted/{number}": path[step] for number, step in enumerate(chosen, 1)}
         return views
 
     return Attack(
         generate, teacher_on_clean=teacher_on_clean, teacher=teacher_on_clean or inner_loss != "cross_entropy",
-        teacher_gradient=inner_loss == "teacher_moving", two_classes=targeted and targeted_start == "negative_image",
+        teacher_gradient=inner_loss == "teacher_moving", two_classes=negative_images and not from_data, negatives=from_data,
         hard_labels=targeted)
 
 
@@ -219,23 +236,29 @@ def _climbs_moving_teacher(context: Context) -> Objective:
 
 
 def _descends_to_target(key, context, inner_loss, targeted_start, target_class) -> Objective:
-    """What the targeted path descends: the inner loss towards the anchor, or the cross-entropy of the target class."""
-    student = context.auxiliary or context.student
+    """What the targeted path of the batch's own images descends: towards an anchor among them, or a target class."""
     if targeted_start == "negative_image" and target_class == "uniform":
-        anchors = adversarial_path.draw_anchors(key, context.labels)
-        if inner_loss == "teacher_clean":
-            target = context.teacher_clean[anchors]
-            return lambda points: objectives.kl_divergence(target, student(points))
-        targets = context.labels[anchors]
-    else:
-        scores = None
-        if target_class == "teacher":
-            scores = context.teacher_clean
-        elif target_class == "student":
-            scores = student(context.images)
-        elif target_class == "least_likely":
-            scores = -context.teacher_clean
-        classes = jax.eval_shape(student, context.images).shape[-1]
-        targets = adversarial_path.draw_targets(
-            key, context.labels, classes, scores, present_only=targeted_start == "negative_image")
+        return _descends_to_anchor(context, inner_loss, adversarial_path.draw_anchors(key, context.labels))
+    student, scores = context.auxiliary or context.student, None
+    if target_class == "teacher":
+        scores = context.teacher_clean
+    elif target_class == "student":
+        scores = student(context.images)
+    elif target_class == "least_likely":
+        scores = -context.teacher_clean
+    classes = jax.eval_shape(student, context.images).shape[-1]
+    targets = adversarial_path.draw_targets(
+        key, context.labels, classes, scores, present_only=targeted_start == "negative_image")
     return lambda points: objectives.cross_entropy(student(points), jnp.asarray(targets))
+
+
+def _descends_to_anchor(context, inner_loss, anchors=slice(None)) -> Objective:
+    """The inner loss towards the images of the batch at `anchors`, the n-th for the n-th: their classes, or T's outputs on
+    them.
+    """
+    student = context.auxiliary or context.student
+    if inner_loss == "teacher_clean":
+        target = context.teacher_clean[anchors]
+        return lambda points: objectives.kl_divergence(target, student(points))
+    targets = jnp.asarray(context.labels[anchors])
+    return lambda points: objectives.cross_entropy(student(points), targets)

@@ -3,6 +3,8 @@
 Its formulas are a reconstruction; they and their sources are in `adversarial_path`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +12,7 @@ from jaxrd.distillation import adversarial_path
 from jaxrd.distillation.composition import Method, Term
 from jaxrd.distillation.inner_maximisation import path_attack
 from jaxrd.distillation.terms import distillation
-from jaxrd.distillation.views import CLEAN, View, generated
+from jaxrd.distillation.views import CLEAN, NEGATIVE, View, generated
 from jaxrd.errors import InputError, choose, need
 
 
@@ -33,12 +35,13 @@ def path(
     statistics: bool = False,
     natural: str = "anchor",
     hinge: float = 0.0,
+    negatives: str = "data",
 ) -> Method:
     """Distillation along an untargeted and a targeted adversarial path (Dong et al., CVPR 2024).
 
     alpha (L_u + gamma L_d) + (1 - alpha) KL(T(x) || S(x)), where L_u is the weighted sum over t of D(T(x) || S(x_t)) along
-    the ascent path of x away from its class, and L_d the same along the descent path of x, as the negative image of an anchor
-    of another class, towards the anchor's class, with the student's second BatchNorm set.
+    the ascent path of x away from its class, and L_d the same, D(T(v) || S(v_t)), along the descent path of v, a negative
+    image of another class for x, towards the class of its anchor x, with the student's second BatchNorm set.
 
     **A reconstruction**, from the abstract and later work of the same group: neither the paper's equations nor its code were
     available. Where the sources leave a choice open, the first value named below is the default.
@@ -55,8 +58,8 @@ def path(
       inner_loss: what the untargeted path climbs: "cross_entropy", "teacher_clean" (KL to T(x)) or "teacher_moving" (KL to
         T(x'), AdaAD's). The targeted path descends the cross-entropy of its target class, or, with "teacher_clean" and
         negative images of uniform classes, the KL to T(anchor).
-      targeted_start: "negative_image" (the target is the class of an anchor in the batch), "anchor_image" (any other class)
-        or "anchor_runner_up" (the class that the student finds second best).
+      targeted_start: "negative_image" (the target is the class of its anchor, an image of the batch), "anchor_image" (any
+        other class) or "anchor_runner_up" (the class that the student finds second best).
       target_class: "uniform", or the best other class by the "teacher" or the "student" (with the targeted branch's BatchNorm
         set), or the "least_likely" by the teacher.
       align_target: "teacher_clean" for T(x), "teacher_at_point" for T(x_t).
@@ -67,6 +70,11 @@ def path(
       statistics: intermediate points move the running statistics, as clean images and last points do.
       natural: what 1 - alpha weighs: KL(T(x) || S(x)) for the "anchor", in set 0, or for "both" branches' starts.
       hinge: count an alignment only above that of (1 - hinge, hinge/(C-1), ...) with the one-hot label; 0: always.
+      negatives: where negative images of uniform classes come from. "data": every image of the batch, as an anchor, is given
+        one, its class uniform over the others of the data and the image uniform in that class, as in the data sets published
+        by the group; the teacher is asked about it too. "batch": every image of the batch is v itself, of an anchor of another
+        class in the batch. Nothing to choose where gamma is 0, the path starts at anchors, or a network chooses the class: no
+        image is then another's anchor, and the targeted path too starts at the images of the batch.
     """
     _check(**locals())  # the arguments, and nothing else yet
     looks = weights in ("drop", "boundary")
@@ -75,31 +83,31 @@ def path(
     chosen_by = "student" if runner_up else target_class
     attack = path_attack(
         inner_loss=inner_loss, points=points, targeted=gamma > 0,
-        targeted_start="anchor_image" if runner_up else targeted_start, target_class=chosen_by)
+        targeted_start="anchor_image" if runner_up else targeted_start, target_class=chosen_by, negatives=negatives)
     second = int(dual_batch_norm)
 
-    def branch(names, start, batch_norm_set):
+    def branch(names, start):
         together = f"{names[-1]}/joint" if batching == "joint" else None
-        between = [generated(name, updates_statistics=statistics, together=together, batch_norm_set=batch_norm_set)
-                   for name in names[:-1]]
+        shared = {"batch_norm_set": start.batch_norm_set, "labels": start.labels}
+        between = [generated(name, updates_statistics=statistics, together=together, **shared) for name in names[:-1]]
         # The start last, as RSLAD forwards x' before x: the running statistics remember the order.
-        return (*between, generated(names[-1], batch_norm_set=batch_norm_set), start)
+        return (*between, generated(names[-1], **shared), start)
 
-    def aligned(names, start):
-        """The weighted alignment along one branch."""
+    def aligned(names, start, origin):
+        """The weighted alignment along one branch, from the view `start` of the student and `origin` of the teacher."""
         if weights == "last_only":
             names = names[-1:]  # the others' weight is 0: they are not forwarded
         at_point = align_target == "teacher_at_point"
-        student_views = (*([start] if by_student else []), *names)
-        teacher_views = (*([] if at_point and not by_teacher else ["clean"]), *(names if at_point or by_teacher else []))
+        student_views = (*([start.name] if by_student else []), *names)
+        teacher_views = (*([] if at_point and not by_teacher else [origin]), *(names if at_point or by_teacher else []))
         distance = adversarial_path.ALIGNMENTS[align_distance]
 
         def loss(student, teacher, labels):
             logits = jnp.stack([student[name] for name in names])
-            target = jnp.stack([teacher[name if at_point else "clean"] for name in names])
+            target = jnp.stack([teacher[name if at_point else origin] for name in names])
             looked_at = jnp.stack([teacher[name] for name in names]) if by_teacher else logits
             # The schemes that look at nobody take anything of that shape.
-            looked_at_start = teacher["clean"] if by_teacher else student[start] if by_student else logits[0]
+            looked_at_start = teacher[origin] if by_teacher else student[start.name] if by_student else logits[0]
             weight = adversarial_path.path_weights(
                 looked_at_start, looked_at, labels, weights, teacher_logits=target, scale=scale, floor=floor)
             result = adversarial_path.weighted_path_loss(weight, jax.vmap(distance)(target, logits), normalisation, points)
@@ -108,27 +116,30 @@ def path(
                     result, adversarial_path.hinge_bound(hinge, logits.shape[-1], align_distance))
             return result
 
-        return {"loss": loss, "student": student_views, "teacher": teacher_views, "hard_labels": looks}
+        return {"loss": loss, "student": student_views, "teacher": teacher_views, "hard_labels": looks, "labels": start.labels}
 
     untargeted = (*(f"path/{number}" for number in range(1, points)), "adversarial")
-    views = branch(untargeted, CLEAN, 0)
-    terms = [Term("path_untargeted", weight=alpha, **aligned(untargeted, "clean"))]
+    views = branch(untargeted, CLEAN)
+    terms = [Term("path_untargeted", weight=alpha, **aligned(untargeted, CLEAN, "clean"))]
     if gamma > 0:
         targeted = tuple(f"targeted/{number}" for number in range(1, points + 1))
-        # With one set the start of the targeted path is the clean view itself.
-        start = View("clean/targeted", CLEAN.points, batch_norm_set=1) if dual_batch_norm else CLEAN
-        views += branch(targeted, start, second)[:None if dual_batch_norm else -1]
-        terms.append(Term("path_targeted", weight=alpha * gamma, **aligned(targeted, start.name)))
+        if attack.negatives:
+            start, origin = dataclasses.replace(NEGATIVE, batch_norm_set=second), "negative"
+        else:
+            # The images of the batch, which the student sees through another set; with one set the clean view itself.
+            start, origin = View("clean/targeted", CLEAN.points, batch_norm_set=1) if dual_batch_norm else CLEAN, "clean"
+        views += tuple(view for view in branch(targeted, start) if view is not CLEAN)
+        terms.append(Term("path_targeted", weight=alpha * gamma, **aligned(targeted, start, origin)))
     if alpha < 1:
         terms.append(distillation("clean", "clean", name="distillation_clean", weight=1 - alpha))
         if natural == "both":
-            terms.append(distillation("clean", start.name, name="distillation_clean_targeted", weight=1 - alpha))
+            terms.append(distillation(origin, start.name, name="distillation_clean_targeted", weight=1 - alpha))
     return Method("path", attack, views, tuple(terms))
 
 
 def _check(
     alpha, gamma, points, weights, weight_model, normalisation, floor, scale, inner_loss, targeted_start, target_class,
-    align_target, align_distance, dual_batch_norm, batching, statistics, natural, hinge,
+    align_target, align_distance, dual_batch_norm, batching, statistics, natural, hinge, negatives,
 ) -> None:
     """Raises InputError for an option of `path` out of range, or two that contradict each other."""
     need(0 < alpha <= 1, "method.path_alpha", alpha, "in (0, 1]")
@@ -145,7 +156,7 @@ def _check(
             ("target_class", target_class, ("uniform", "teacher", "student", "least_likely")),
             ("align_target", align_target, ("teacher_clean", "teacher_at_point")),
             ("align_distance", align_distance, adversarial_path.ALIGNMENTS), ("batching", batching, ("joint", "separate")),
-            ("natural", natural, ("anchor", "both"))):
+            ("natural", natural, ("anchor", "both")), ("negatives", negatives, ("data", "batch"))):
         choose(f"method.path_{field}", value, known)
     looks = weights in ("drop", "boundary")
     for wrong, message in (

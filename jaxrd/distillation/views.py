@@ -11,8 +11,12 @@ import jax
 
 Array = jax.Array
 LogitsFn = Callable[[Array], Array]  # images -> logits
-Known = Mapping[str, Array]  # "clean" and what the attack generated: name -> images [batch, h, w, c]
+# "clean", "negative" where the method has negatives, and what the attack generated: name -> images [batch, h, w, c].
+Known = Mapping[str, Array]
 Readout = Callable[[LogitsFn, Array, Known, Array], Array]  # (network, points, known, labels) -> [batch, ...]
+
+# Whose classes: those of the images, or of their negatives (images of another class, one for each). Entries of the batch.
+LABELS = ("labels", "negative_labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,8 @@ class View:
 
     Attributes:
       name: what terms ask for.
-      points: from the images known so far ("clean" and what the attack generated) to this view's, [batch, h, w, c].
+      points: from the images known so far ("clean", "negative" and what the attack generated) to this view's,
+        [batch, h, w, c].
       updates_statistics: whether the student's train-mode forward of this view moves the BatchNorm running statistics.
         Its own batch statistics normalise it either way.
       batch_norm_set: which of the student's BatchNorm sets normalises it; 0 is the one used at test.
@@ -29,6 +34,8 @@ class View:
       readout: what terms get instead of the logits, such as an input gradient: (network, points, known, labels) ->
         [batch, ...], where the network is images -> logits. Such a view never moves the running statistics.
       always: forwarded by the student even where no term reads it, for the sake of the running statistics.
+      labels: which entry of the batch holds the true classes of its points, for its accuracy and its readout: "labels", or
+        "negative_labels" where they follow from the negatives. Such a view makes a method one with negatives.
     """
 
     name: str
@@ -38,6 +45,7 @@ class View:
     together: str | None = None
     readout: Readout | None = None
     always: bool = False
+    labels: str = "labels"
 
 
 def generated(name: str, **options) -> View:
@@ -47,6 +55,7 @@ def generated(name: str, **options) -> View:
 
 CLEAN = generated("clean")
 ADVERSARIAL = generated("adversarial")
+NEGATIVE = generated("negative", labels="negative_labels")  # an image of another class for each, from the data
 
 
 def displaced(name: str, along: str, scale: float, **options) -> View:

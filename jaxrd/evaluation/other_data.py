@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrd.data.source import Source, open_test
+from jaxrd.data.opening import open_test
+from jaxrd.data.source import Source
 from jaxrd.errors import InputError, need
 from jaxrd.evaluation import record, robustness
 from jaxrd.evaluation.subject import Subject

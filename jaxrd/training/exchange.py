@@ -20,7 +20,7 @@ import numpy as np
 import jaxrd
 from jaxrd import models
 from jaxrd.config import Config, DataConfig, MethodConfig, ThreatConfig
-from jaxrd.data.source import DataSet
+from jaxrd.data.opening import DataSet
 from jaxrd.errors import InputError, choose
 from jaxrd.evaluation import robustness
 from jaxrd.files import appearing

@@ -22,7 +22,7 @@ import numpy as np
 import jaxrd
 from jaxrd import data, models
 from jaxrd.config import Config
-from jaxrd.data.source import DataSet
+from jaxrd.data.opening import DataSet
 from jaxrd.distillation import InnerMaximisation
 from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
@@ -97,7 +97,7 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
         write_json(log.workdir / "environment.json", environment())
     feeder = Feeder(
         train_source, mesh, seed=config.seed, batch_size=batch_size, first=step, last=steps,
-        partners=recipe.augmentation.mixes, resident=config.data.resident)
+        partners=recipe.augmentation.mixes, negatives=recipe.method.negatives, resident=config.data.resident)
     stop = _StopSignal()
     with stop, feeder:
         for batch in feeder:

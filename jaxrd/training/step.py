@@ -11,6 +11,7 @@ and means are those of the global batch on any number of devices.
 import dataclasses
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,6 +20,7 @@ from jaxrd import objectives
 from jaxrd.data import augment as augmenting
 from jaxrd.distillation.composition import Method, Term
 from jaxrd.distillation.inner_maximisation import Context, InnerMaximisation
+from jaxrd.distillation.views import View
 from jaxrd.distillation.weight_perturbation import perturb_weights
 from jaxrd.errors import InputError, one_line
 from jaxrd.models.zoo import Model
@@ -62,8 +64,9 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
 
     The state is donated. `batch` is {"images": uint8 or float32 [batch, h, w, c], "labels": int32 [batch]}, sharded over
     "data", and where the recipe mixes also "partners" and "partner_labels", shaped likewise: a permutation of the batch, made
-    before it is sharded, so that no image crosses devices here. teacher_variables is None without a teacher. Metrics are
-    scalars: means over the global batch.
+    before it is sharded, so that no image crosses devices here. Where the method has negatives, it also has "negatives" and
+    "negative_labels", shaped likewise: an image of another class for each. teacher_variables is None without a teacher.
+    Metrics are scalars: means over the global batch.
 
     Raises:
       InputError: a method that cannot take the soft labels of mixed images.
@@ -75,9 +78,11 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
     def train_step(state, teacher_variables, batch):
         augment_key, attack_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         images, labels = augment(recipe, augment_key, batch)
-        views, teacher_clean = attack(recipe, attack_key, state, teacher_variables, images, labels)
-        teacher = teacher_logits(recipe, teacher_variables, views, teacher_clean, labels)
-        gradients, batch_stats, metrics = gradients_of(recipe, state, views, teacher, labels)
+        negatives, negative_labels = augment_negatives(recipe, augment_key, batch)
+        views, teacher_clean = attack(
+            recipe, attack_key, state, teacher_variables, images, labels, negatives, negative_labels)
+        teacher = teacher_logits(recipe, teacher_variables, views, teacher_clean, labels, negative_labels)
+        gradients, batch_stats, metrics = gradients_of(recipe, state, views, teacher, labels, negative_labels)
         return update(recipe, state, gradients, batch_stats), metrics
 
     replicated = parallel.replicated(mesh)
@@ -106,7 +111,33 @@ def augment_one_view(recipe: Recipe, key: Array, images: Array) -> Array:
     return augmenting.augment(recipe.augmentation, example_keys(key, images.shape[0]), images)
 
 
-def attack(recipe, key, state, teacher_variables, images, labels) -> tuple[dict[str, Array], Array | None]:
+# Folded into the key of the augmentation for the negatives': no position in a batch, whose keys are the images'.
+_NEGATIVES = 2**31 - 1
+
+
+def augment_negatives(recipe: Recipe, key: Array, batch: dict[str, Array]) -> tuple[Array, Array] | tuple[None, None]:
+    """Returns the batch's (negatives float32 [batch, h, w, c] in [0, 1], their labels int32 [batch]), (None, None) for none.
+
+    They are augmented independently of the images that they are negatives for, by the same key, and never mixed.
+
+    Raises:
+      InputError: a batch without them, where the method has negatives.
+    """
+    if not recipe.method.negatives:
+        return None, None
+    if not {"negatives", "negative_labels"} <= set(batch):
+        raise InputError(
+            f'{recipe.method.name} takes a negative of another class for each image, and the batch has {", ".join(batch)}; '
+            'add "negatives" and "negative_labels" (Source.negatives draws them), or, for path, set path_negatives to "batch"')
+    negatives, labels = batch["negatives"], batch["negative_labels"]
+    chex.assert_equal_shape([batch["images"], negatives])
+    chex.assert_equal_shape([batch["labels"], labels])
+    return augment_one_view(recipe, jax.random.fold_in(key, _NEGATIVES), negatives), labels
+
+
+def attack(
+    recipe, key, state, teacher_variables, images, labels, negatives=None, negative_labels=None,
+) -> tuple[dict[str, Array], Array | None]:
     """Returns the points of the batch by name (those of views, and what they follow from) and T(clean) where the attack
     needed it.
     """
@@ -125,12 +156,13 @@ def attack(recipe, key, state, teacher_variables, images, labels) -> tuple[dict[
     if method.batch_norm_sets > 1:
         def auxiliary(points):
             return student(points, batch_norm_set=1)
-    context = Context(images, labels, student, teacher, teacher_clean, auxiliary)
-    known = {"clean": images, **method.attack.generate(key, context, recipe.inner)}
+    context = Context(images, labels, student, teacher, teacher_clean, auxiliary, negatives, negative_labels)
+    known = {"clean": images, **({} if negatives is None else {"negative": negatives})}
+    known |= method.attack.generate(key, context, recipe.inner)
     return known | {view.name: view.points(known) for view in method.views}, teacher_clean
 
 
-def teacher_logits(recipe, teacher_variables, views, teacher_clean, labels) -> dict[str, Array]:
+def teacher_logits(recipe, teacher_variables, views, teacher_clean, labels, negative_labels=None) -> dict[str, Array]:
     """Returns what the terms read of the teacher, by view: eval mode, no gradient, all logits in one forward.
 
     What the attack has already computed is not computed again. The views are interleaved per example rather than laid end
@@ -144,11 +176,13 @@ def teacher_logits(recipe, teacher_variables, views, teacher_clean, labels) -> d
     known |= _interleaved(network, {view.name: views[view.name] for view in wanted if view.readout is None})
     for view in wanted:
         if view.readout is not None:
-            known[view.name] = view.readout(network, views[view.name], views, labels)
+            known[view.name] = view.readout(network, views[view.name], views, _labels_of(view, labels, negative_labels))
     return jax.lax.stop_gradient(known)
 
 
-def gradients_of(recipe, state, views, teacher, labels) -> tuple[dict, dict, dict[str, Array]]:
+def gradients_of(
+    recipe, state, views, teacher, labels, negative_labels=None,
+) -> tuple[dict, dict, dict[str, Array]]:
     """Returns the gradient of the mean loss through every student view, the new BatchNorm statistics and the metrics."""
     method, progress = recipe.method, (state.step + 1) / recipe.steps
 
@@ -164,17 +198,18 @@ def gradients_of(recipe, state, views, teacher, labels) -> tuple[dict, dict, dic
                 return logits
 
             if first.readout is not None:
-                student[first.name] = first.readout(network, views[first.name], views, labels)
+                student[first.name] = first.readout(
+                    network, views[first.name], views, _labels_of(first, labels, negative_labels))
                 continue
             student |= _interleaved(network, {view.name: views[view.name] for view in forward})
             batch_stats = moved if first.updates_statistics else batch_stats
-        loss, terms = method.loss(student, teacher, labels, progress)
+        loss, terms = method.loss(student, teacher, labels, progress, negative_labels)
         metrics = {"loss": loss, **terms}
-        metrics |= method.monitored(student, teacher, labels)
+        metrics |= method.monitored(student, teacher, labels, negative_labels)
         metrics |= {f"weight/{name}": weight for name, weight in method.weights(progress).items()}
-        logits = {view.name for view in method.views if view.readout is None}
+        true = {view.name: _labels_of(view, labels, negative_labels) for view in method.views if view.readout is None}
         for name, outputs in (("accuracy", student), ("teacher_accuracy", teacher)):
-            metrics |= {f"{name}/{view}": objectives.correct(outputs[view], labels) for view in outputs if view in logits}
+            metrics |= {f"{name}/{view}": objectives.correct(outputs[view], true[view]) for view in outputs if view in true}
         return jnp.mean(loss), (batch_stats, {name: jnp.mean(value) for name, value in metrics.items()})
 
     params = state.params
@@ -208,7 +243,9 @@ def _probe_soft_labels(recipe: Recipe) -> None:
         if isinstance(item, Term) and not {*item.student, *item.teacher} <= {*student, *teacher}:
             continue
         try:
-            shape = jax.eval_shape(function, student, teacher, logits).shape
+            # Negatives are not mixed, and keep their one class.
+            labels = jax.ShapeDtypeStruct((batch,), jnp.int32) if item.labels == "negative_labels" else logits
+            shape = jax.eval_shape(function, student, teacher, labels).shape
         except KeyError:
             continue  # a monitor may read what is more than logits
         except Exception as error:
@@ -220,6 +257,10 @@ def _probe_soft_labels(recipe: Recipe) -> None:
         raise InputError(
             f'config.data.mixing "{recipe.augmentation.mixing}" gives soft labels, [batch, classes], which "{item.name}" of '
             f"method {method.name} does not take ({reason}); set --config.data.mixing=none")
+
+
+def _labels_of(view: View, labels: Array, negative_labels: Array | None) -> Array:
+    return negative_labels if view.labels == "negative_labels" else labels
 
 
 def _apply(model: Model, variables: dict, points: Array, train: bool, batch_norm_set: int) -> tuple[Array, dict]:

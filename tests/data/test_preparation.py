@@ -133,6 +133,10 @@ def test_another_source_of_the_same_name_is_refused(tmp_path, change):
 
 def test_a_damaged_data_set_of_this_name_says_what_to_delete(tmp_path):
     path = preparation.prepare_arrays("mine", SPLITS, tmp_path, lambda line: None)
+    (shard,) = path.glob("mine-test*")
+    shard.rename(tmp_path / "away")
+    assert_input_error(lambda: preparation.prepare_arrays("mine", SPLITS, tmp_path), f"{shard.name} is missing", "delete")
+    (tmp_path / "away").rename(shard)
     for file in ("jaxrd.json", "dataset_info.json"):
         (path / file).write_text("{")
         assert_input_error(lambda: preparation.prepare_arrays("mine", SPLITS, tmp_path), str(path), "delete")
@@ -290,6 +294,7 @@ def test_a_changed_folder_is_another_source(tmp_path, folder):
     lines, say = says()
     preparation.prepare_folder("mine", folder, tmp_path / "data", say=say)
     assert "prepared already" in lines[0]
+    assert_input_error(lambda: preparation.prepare_folder("mine", folder, tmp_path / "data", 4), str(folder), "--name")
     os.utime(folder / "train/a/0.png", ns=(0, 1))
     for size in (None, 4):
         assert_input_error(lambda: preparation.prepare_folder("mine", folder, tmp_path / "data", size), str(folder), "--name")
@@ -386,6 +391,20 @@ def test_what_is_left_beside_a_finished_data_set_goes_as_well(tmp_path):
     (tmp_path / ".mine.preparing" / "kept").mkdir(parents=True)
     preparation.prepare_arrays("mine", SPLITS, tmp_path, lambda line: None)
     assert_prepared(tmp_path, SPLITS)
+
+
+def test_where_nothing_may_be_written_a_data_set_that_is_there_is_enough(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    preparation.prepare_arrays("mine", SPLITS, tmp_path, lambda line: None)
+    monkeypatch.setattr("jaxrd.files.os.open", refuse)
+    for _ in range(2):
+        lines, say = says()
+        preparation.prepare_arrays("mine", SPLITS, tmp_path, say)
+        assert "prepared already" in lines[0]
+        (tmp_path / ".mine.preparing").mkdir(exist_ok=True)
+    assert_input_error(lambda: preparation.prepare_arrays("other", SPLITS, tmp_path), str(tmp_path), "Permission denied")
 
 
 def test_of_several_threads_one_prepares_and_the_others_say_that_they_wait(tmp_path, monkeypatch):

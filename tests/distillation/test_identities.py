@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from jaxrd import ThreatModel, distillation, objectives
-from jaxrd.distillation import Context, InnerMaximisation, method
+from jaxrd.distillation import Context, InnerMaximisation, adversarial_path, method
 
 BATCH, CLASSES, POINTS = 8, 10, 10
 GENERATOR = np.random.default_rng(1)
 LABELS = jnp.asarray(GENERATOR.integers(0, CLASSES, BATCH))
 IMAGES = jnp.asarray(GENERATOR.uniform(size=(BATCH, 3, 3, 1)), jnp.float32)
+NEGATIVES = jnp.asarray(GENERATOR.uniform(size=IMAGES.shape), jnp.float32)
+NEGATIVE_LABELS = (LABELS + jnp.asarray(GENERATOR.integers(1, CLASSES, BATCH))) % CLASSES
 WEIGHTS = {name: jnp.asarray(GENERATOR.normal(size=(9, CLASSES)), jnp.float32) for name in ("student", "auxiliary", "teacher")}
 INNER = InnerMaximisation(ThreatModel("linf", 0.1), step_size=0.03, steps=POINTS)
 
@@ -32,13 +34,14 @@ def draws(chosen, seed=0, scale=2.0):
 
 
 def mean_loss(chosen, student, teacher, labels=LABELS, progress=1.0):
-    return jnp.mean(chosen.loss(student, teacher, labels, jnp.float32(progress))[0])
+    return jnp.mean(chosen.loss(student, teacher, labels, jnp.float32(progress), NEGATIVE_LABELS)[0])
 
 
-def attacked(chosen, key=jax.random.key(3)):
+def attacked(chosen, key=jax.random.key(3), images=IMAGES, labels=LABELS, negatives=NEGATIVES, negative_labels=NEGATIVE_LABELS):
     context = Context(
-        IMAGES, LABELS, network("student"), network("teacher"),
-        network("teacher")(IMAGES) if chosen.attack.teacher_on_clean else None, network("auxiliary"))
+        images, labels, network("student"), network("teacher"),
+        network("teacher")(images) if chosen.attack.teacher_on_clean else None, network("auxiliary"),
+        *((negatives, negative_labels) if chosen.negatives else ()))
     return chosen.attack.generate(key, context, INNER)
 
 
@@ -70,6 +73,47 @@ def test_every_one_of_its_options_is_needed_for_that(change):
     same_points = np.array_equal(attacked(path)["adversarial"], attacked(rslad)["adversarial"])
     same_loss = np.allclose(mean_loss(path, student, teacher), mean_loss(rslad, student, teacher), rtol=1e-4)
     assert not (same_points and same_loss)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"path_inner_loss": "teacher_clean"}, {"path_weights": "gap"}, {"path_weight_model": "teacher"},
+    {"path_weights": "boundary", "path_alpha": 0.5, "path_natural": "both"}])
+def test_negatives_that_the_data_pair_as_the_batch_would_are_those_of_the_batch(options, monkeypatch):
+    """The n-th image of a batch descends to an anchor in it; paired beforehand, the n-th negative does to the n-th image."""
+    drawn, draw = [], adversarial_path.draw_anchors
+    monkeypatch.setattr(adversarial_path, "draw_anchors", lambda *inputs: drawn.append(draw(*inputs)) or drawn[-1])
+    batch, data = (method("path", path_negatives=source, **options) for source in ("batch", "data"))
+    expected = attacked(batch)
+    (anchors,) = drawn
+    found = attacked(data, images=IMAGES[anchors], labels=LABELS[anchors], negatives=IMAGES, negative_labels=LABELS)
+    assert len(drawn) == 1 and len(set(anchors.tolist())) > 2
+    for point in range(1, POINTS + 1):
+        np.testing.assert_array_equal(found[f"targeted/{point}"], expected[f"targeted/{point}"])
+
+    student, teacher = draws(batch)
+    of_data = (
+        {"negative" if name == "clean/targeted" else name: logits for name, logits in student.items()},
+        teacher | {"negative": teacher["clean"]})
+    expected = batch.loss(student, teacher, LABELS, jnp.float32(1))[1]
+    terms = data.loss(*of_data, LABELS[anchors], jnp.float32(1), LABELS)[1]
+    for name in {*expected} - {"path_untargeted"}:  # that is about other images
+        np.testing.assert_array_equal(terms[name], expected[name])
+
+
+@pytest.mark.parametrize("options", [
+    {"path_gamma": 0.0}, {"path_targeted_start": "anchor_image"}, {"path_targeted_start": "anchor_runner_up"},
+    {"path_target_class": "teacher"}, {"path_target_class": "student"}])
+def test_where_no_image_is_anothers_anchor_the_data_give_no_negatives(options):
+    batch, data = (method("path", path_negatives=source, **options) for source in ("batch", "data"))
+    assert not batch.negatives and not data.negatives
+    assert data.attack.two_classes == batch.attack.two_classes == ("path_target_class" in options)
+    views = [[(view.name, view.updates_statistics, view.batch_norm_set) for view in chosen.views] for chosen in (batch, data)]
+    assert views[0] == views[1]
+    expected, found = attacked(batch), attacked(data)
+    for name in expected | found:
+        np.testing.assert_array_equal(found[name], expected[name])
+    logits = draws(batch)
+    np.testing.assert_array_equal(mean_loss(data, *logits), mean_loss(batch, *logits))
 
 
 # DGAD.

@@ -22,6 +22,8 @@ BATCH, SHAPE, CLASSES, STEPS = 12, (4, 4, 1), 5, 4
 GENERATOR = np.random.default_rng(0)
 IMAGES = jnp.asarray(np.clip(GENERATOR.uniform(-0.2, 1.2, (BATCH, *SHAPE)), 0, 1), jnp.float32)  # some pixels on the bounds
 LABELS = jnp.asarray(np.arange(BATCH) % 4)
+NEGATIVES = jnp.asarray(np.clip(GENERATOR.uniform(-0.2, 1.2, IMAGES.shape), 0, 1), jnp.float32)
+NEGATIVE_LABELS = (LABELS + jnp.asarray(np.tile([1, 2, 3], 4))) % 4
 KEY = jax.random.key(0)
 PARAMS = {
     model: tuple(jnp.asarray(GENERATOR.normal(size=shape), jnp.float32) for shape in ((16, 12), (12,), (12, CLASSES)))
@@ -41,7 +43,7 @@ def network(params, points):
 
 
 student, teacher, auxiliary = (functools.partial(network, PARAMS[model]) for model in PARAMS)
-CONTEXT = Context(IMAGES, LABELS, student, teacher, teacher(IMAGES), auxiliary)
+CONTEXT = Context(IMAGES, LABELS, student, teacher, teacher(IMAGES), auxiliary, NEGATIVES, NEGATIVE_LABELS)
 
 
 def inner(norm="linf", **options):
@@ -61,9 +63,10 @@ def adversarial(name, norm="linf", steps=STEPS):
 
 
 def along_paths(inner_loss="cross_entropy", points=STEPS, targeted=True, targeted_start="negative_image",
-                target_class="uniform"):
+                target_class="uniform", negatives="batch"):
     return path_attack(
-        inner_loss=inner_loss, points=points, targeted=targeted, targeted_start=targeted_start, target_class=target_class)
+        inner_loss=inner_loss, points=points, targeted=targeted, targeted_start=targeted_start, target_class=target_class,
+        negatives=negatives)
 
 
 @functools.cache
@@ -183,11 +186,13 @@ NEEDS = [
     ("rslad", {}, ("teacher_on_clean", "teacher")),
     ("adaad", {}, ("teacher", "teacher_gradient")), ("adaiad", {}, ("teacher", "teacher_gradient")),
     ("dgad", {}, ("teacher", "teacher_gradient")), ("dgad", {"dgad_attack": "rslad"}, ("teacher_on_clean", "teacher")),
-    ("path", {}, ("two_classes",)),
+    ("path", {}, ("negatives",)),
+    ("path", {"path_negatives": "batch"}, ("two_classes",)),
     ("path", {"path_gamma": 0.0}, ()),
-    ("path", {"path_inner_loss": "teacher_clean"}, ("teacher_on_clean", "teacher", "two_classes")),
+    ("path", {"path_inner_loss": "teacher_clean"}, ("teacher_on_clean", "teacher", "negatives")),
+    ("path", {"path_inner_loss": "teacher_clean", "path_negatives": "batch"}, ("teacher_on_clean", "teacher", "two_classes")),
     ("path", {"path_inner_loss": "teacher_clean", "path_gamma": 0.0}, ("teacher_on_clean", "teacher")),
-    ("path", {"path_inner_loss": "teacher_moving"}, ("teacher", "teacher_gradient", "two_classes")),
+    ("path", {"path_inner_loss": "teacher_moving"}, ("teacher", "teacher_gradient", "negatives")),
     ("path", {"path_target_class": "teacher"}, ("teacher_on_clean", "teacher", "two_classes")),
     ("path", {"path_target_class": "student"}, ("two_classes",)),
     ("path", {"path_targeted_start": "anchor_image"}, ()),
@@ -206,7 +211,8 @@ def traced(attack, context):
 @pytest.mark.parametrize("name, options, needs", NEEDS)
 def test_an_attack_declares_what_it_asks_for_and_does_without_the_rest(name, options, needs):
     attack = method(name, **options).attack
-    flags = {flag: flag in needs for flag in ("teacher_on_clean", "teacher", "teacher_gradient", "two_classes")}
+    flags = {
+        flag: flag in needs for flag in ("teacher_on_clean", "teacher", "teacher_gradient", "two_classes", "negatives")}
     assert {flag: getattr(attack, flag) for flag in flags} == flags
 
     asked = []
@@ -217,7 +223,8 @@ def test_an_attack_declares_what_it_asks_for_and_does_without_the_rest(name, opt
 
     available = dataclasses.replace(
         CONTEXT, teacher=noting if attack.teacher else None,
-        teacher_clean=CONTEXT.teacher_clean if attack.teacher_on_clean else None)
+        teacher_clean=CONTEXT.teacher_clean if attack.teacher_on_clean else None,
+        negatives=NEGATIVES if attack.negatives else None, negative_labels=None)
     traced(attack, available)
     # The teacher is asked about the points that it is climbed through, else about none.
     assert bool(asked) == attack.teacher_gradient
@@ -251,14 +258,15 @@ def test_attacks_that_cannot_be_exchanged():
 
 @pytest.mark.parametrize("attack", [
     *RECIPES.values(), with_random_direction(cross_entropy_attack()),
-    *(along_paths(inner_loss, 2) for inner_loss in INNER_LOSSES),
+    *(along_paths(inner_loss, 2) for inner_loss in INNER_LOSSES), along_paths(points=2, negatives="data"),
     along_paths(targeted_start="anchor_image", target_class="student", points=2)],
-    ids=[*RECIPES, "random", *(f"path-{inner_loss}" for inner_loss in INNER_LOSSES), "path-student"])
+    ids=[*RECIPES, "random", *(f"path-{inner_loss}" for inner_loss in INNER_LOSSES), "path-data", "path-student"])
 def test_no_gradient_flows_back_into_a_network(attack):
     def reached(params):
         functions = {model: functools.partial(network, params[model]) for model in params}
         context = Context(
-            IMAGES, LABELS, functions["student"], functions["teacher"], functions["teacher"](IMAGES), functions["auxiliary"])
+            IMAGES, LABELS, functions["student"], functions["teacher"], functions["teacher"](IMAGES), functions["auxiliary"],
+            NEGATIVES, NEGATIVE_LABELS)
         points = attack.generate(KEY, context, inner("l2", steps=2))
         return sum(jnp.sum(value**2) for value in points.values())
 
@@ -272,7 +280,9 @@ def test_no_gradient_flows_back_into_a_network(attack):
 # A random direction besides.
 
 
-@pytest.mark.parametrize("base", [*RECIPES.values(), along_paths(points=2)], ids=[*RECIPES, "path"])
+@pytest.mark.parametrize(
+    "base", [*RECIPES.values(), along_paths(points=2), along_paths(points=2, negatives="data")],
+    ids=[*RECIPES, "path", "path-data"])
 def test_a_random_direction_leaves_the_points_of_the_base_as_they_are(base):
     extended = with_random_direction(base)
     own, both = (generated(attack, inner(steps=2)) for attack in (base, extended))
@@ -313,6 +323,9 @@ def test_a_path_has_its_points_by_name(points, targeted):
     assert all(view.shape == IMAGES.shape for view in views.values())
     # They are what a method declares.
     declared = {view.name for view in method("path", path_points=points, path_gamma=1.0 if targeted else 0.0).views}
+    assert {*expected} == declared - {"clean", "negative"}
+    declared = {view.name for view in method(
+        "path", path_points=points, path_gamma=1.0 if targeted else 0.0, path_negatives="batch").views}
     assert {*expected} == declared - {"clean", "clean/targeted"}
 
 
@@ -386,6 +399,25 @@ def test_the_targeted_path_nears_the_class_of_the_anchor(norm, dual):
     assert (np.diff(left) < 0).all() and left[-1] < left[0] - 0.3
     for points in targeted:  # the ball of its own start, not of the anchor
         assert_inside(THREATS[norm], IMAGES, points)
+
+
+@pytest.mark.parametrize("dual", [False, True], ids=["one BatchNorm set", "two"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_from_negatives_of_the_data_the_targeted_path_nears_the_classes_of_the_batch(norm, dual):
+    branch = auxiliary if dual else student
+    context = dataclasses.replace(CONTEXT, auxiliary=auxiliary if dual else None)
+    views = generated(along_paths(negatives="data"), inner(norm), context)
+    targeted = [NEGATIVES, *(views[f"targeted/{number}"] for number in range(1, STEPS + 1))]
+    left = [float(jnp.mean(objectives.cross_entropy(branch(points), LABELS))) for points in targeted]
+    assert (np.diff(left) < 0).all() and left[-1] < left[0] - 0.3
+    for points in targeted:  # the ball of the negative
+        assert_inside(THREATS[norm], NEGATIVES, points)
+    # The other path is the same as ever, and the draws are the same for any negatives.
+    for number in range(1, STEPS):
+        np.testing.assert_array_equal(views[f"path/{number}"], paths(norm)[f"path/{number}"])
+    others = generated(along_paths(negatives="data"), inner(norm), dataclasses.replace(context, negatives=NEGATIVES[::-1]))
+    assert (others["targeted/1"] != views["targeted/1"]).any()
+    np.testing.assert_array_equal(others["adversarial"], views["adversarial"])
 
 
 @pytest.mark.parametrize("target_class", ["teacher", "student", "least_likely"])
@@ -471,10 +503,11 @@ def test_an_attack_of_the_train_step_leaves_batch_norm_as_it_was(name):
     state = states.create(STUDENT, optimizer, KEY, weight_average=False)
     variables = TEACHER.init(KEY) if chosen.needs_teacher else None
     with jax.disable_jit():
-        views, teacher_clean = step.attack(recipe, KEY, state, variables, IMAGES, LABELS)
+        negatives = (NEGATIVES, NEGATIVE_LABELS) if chosen.negatives else (None, None)
+        views, teacher_clean = step.attack(recipe, KEY, state, variables, IMAGES, LABELS, *negatives)
         attack_calls = [*calls]
-        logits = step.teacher_logits(recipe, variables, views, teacher_clean, LABELS)
-        _, moved, _ = step.gradients_of(recipe, state, views, logits, LABELS)
+        logits = step.teacher_logits(recipe, variables, views, teacher_clean, LABELS, negatives[1])
+        _, moved, _ = step.gradients_of(recipe, state, views, logits, LABELS, negatives[1])
     # Eval mode throughout: running statistics normalise, and nothing is there to move them.
     assert attack_calls and not any(train for _, train, _ in attack_calls)
     assert {index for which, _, index in attack_calls if which == "student"} == ({0, 1} if name == "path" else {0})
@@ -503,7 +536,9 @@ def test_attacking_by_batch_statistics_leaves_the_running_ones_out_of_it(name):
 
     def attacked(batch_stats):
         with jax.disable_jit():
-            return step.attack(recipe, KEY, state.replace(batch_stats=batch_stats), TEACHER.init(KEY), IMAGES, LABELS)[0]
+            return step.attack(
+                recipe, KEY, state.replace(batch_stats=batch_stats), TEACHER.init(KEY), IMAGES, LABELS, NEGATIVES,
+                NEGATIVE_LABELS)[0]
 
     views, others = attacked(state.batch_stats), attacked(jax.tree.map(lambda value: 2 * value, state.batch_stats))
     for view in views:

@@ -21,6 +21,8 @@ GENERATOR = np.random.default_rng(0)
 # Every third pixel lies on a bound: there a start that is not clipped is another one.
 IMAGES = np.clip(GENERATOR.uniform(-0.2, 1.2, (BATCH, *SHAPE)), 0, 1)
 LABELS = np.array([0, 0, 1, 1, 1, 2, 2, 3, 3, 0, 1, 2])  # and nothing of class 4
+NEGATIVES = np.clip(GENERATOR.uniform(-0.2, 1.2, (BATCH, *SHAPE)), 0, 1)
+NEGATIVE_LABELS = (LABELS + np.tile([1, 2, 3, 4], 3)) % CLASSES
 WEIGHTS = {
     model: (GENERATOR.normal(size=(48, 16)) / 5, GENERATOR.normal(size=16), GENERATOR.normal(size=(16, CLASSES)))
     for model in ("student", "teacher", "auxiliary")}
@@ -76,7 +78,7 @@ def context(auxiliary=False):
     images = jnp.asarray(IMAGES)
     return Context(
         images, jnp.asarray(LABELS), networks["student"], networks["teacher"], networks["teacher"](images),
-        networks["auxiliary"] if auxiliary else None)
+        networks["auxiliary"] if auxiliary else None, jnp.asarray(NEGATIVES), jnp.asarray(NEGATIVE_LABELS))
 
 
 def published_loss(name, student="student", labels=LABELS, target=None):
@@ -225,7 +227,7 @@ def test_the_targeted_path_descends_the_cross_entropy_of_an_anchors_class(
         norm, epsilon, step_size, inner_loss, auxiliary, project_start):
     points, start = descended(
         norm, epsilon, step_size, project_start, auxiliary, inner_loss=inner_loss, targeted_start="negative_image",
-        target_class="uniform")
+        target_class="uniform", negatives="batch")
     # Which class it is, is drawn; every image must have gone the way of exactly one.
     student = "auxiliary" if auxiliary else "student"
     paths = published_descents(
@@ -242,7 +244,7 @@ def test_towards_the_teachers_output_the_targeted_path_descends_the_divergence_f
         norm, epsilon, step_size, project_start):
     points, start = descended(
         norm, epsilon, step_size, project_start, inner_loss="teacher_clean", targeted_start="negative_image",
-        target_class="uniform")
+        target_class="uniform", negatives="batch")
     teacher_clean = theirs("teacher", torch.tensor(IMAGES))
     paths = published_descents(
         lambda anchors: published_loss("teacher_clean", target=teacher_clean[anchors]), BATCH, start, epsilon, step_size, norm)
@@ -250,6 +252,21 @@ def test_towards_the_teachers_output_the_targeted_path_descends_the_divergence_f
     assert (taken & (LABELS[:, None] != LABELS)).any(axis=0).all()
     if norm == "l2":  # signs alone may agree along the way to several anchors
         assert (taken.sum(axis=0) == 1).all() and len(set(taken.argmax(axis=0))) > 2
+
+
+@projected
+@pytest.mark.parametrize("norm, epsilon, step_size, inner_loss, auxiliary", [
+    ("linf", 8 / 255, 2 / 255, "cross_entropy", False), ("linf", 8 / 255, 2 / 255, "teacher_moving", True),
+    ("l2", 0.5, 0.125, "cross_entropy", True), ("l2", 0.5, 0.125, "teacher_clean", True)])
+def test_from_a_negative_of_the_data_the_targeted_path_descends_to_its_own_anchor(
+        norm, epsilon, step_size, inner_loss, auxiliary, project_start):
+    points, start = descended(
+        norm, epsilon, step_size, project_start, auxiliary, inner_loss=inner_loss, targeted_start="negative_image",
+        target_class="uniform", negatives="data")
+    np.testing.assert_allclose(start, NEGATIVES, rtol=0, atol=0.01)  # within its Gaussian noise
+    inner_loss = "teacher_clean" if inner_loss == "teacher_clean" else "cross_entropy"  # T(anchors), or their labels
+    loss = published_loss(inner_loss, "auxiliary" if auxiliary else "student")
+    assert_same_steps(points, published_path(loss, start, epsilon, step_size, norm, direction=-1, images=NEGATIVES))
 
 
 @pytest.mark.parametrize("targeted_start, target_class, auxiliary", [
@@ -276,7 +293,7 @@ def starts_of(attack, images, project_start, epsilon):
     threat, starts = recording("linf", epsilon)
     network, labels = functools.partial(ours, "student"), jnp.arange(len(images)) % 2
     attack.generate(
-        KEY, Context(images, labels, network, network, network(images)),
+        KEY, Context(images, labels, network, network, network(images), negatives=images, negative_labels=1 - labels),
         InnerMaximisation(threat, epsilon / 4, 1, project_start=project_start))
     return [np.asarray(start) for start in starts]
 

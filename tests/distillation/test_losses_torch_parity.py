@@ -160,7 +160,7 @@ def dgad(
 def path(
     student, teacher, labels, progress, alpha=1.0, gamma=1.0, points=10, weights="drop", weight_model="student",
     normalisation="per_sample", floor=0.0, scale=1.0, align_target="teacher_clean", align_distance="kl",
-    dual_batch_norm=True, natural="anchor", hinge=0.0,
+    dual_batch_norm=True, natural="anchor", hinge=0.0, negatives="data", negative_labels=None,
 ):
     """Point by point along the two branches."""
     everyone = torch.arange(len(labels))
@@ -176,26 +176,26 @@ def path(
             return F.mse_loss(probabilities, target, reduction="none").sum(dim=1)
         return (probabilities - target).norm(dim=1)
 
-    def true_class(logits):
+    def true_class(logits, labels):
         return F.softmax(logits, dim=1)[everyone, labels]
 
-    def margin(logits):
+    def margin(logits, labels):
         return logits.scatter(1, labels[:, None], -math.inf).max(dim=1).values - logits[everyone, labels]
 
-    def branch(names, start):
-        looked_at, look_start = (student, student[start]) if weight_model == "student" else (teacher, teacher["clean"])
-        targets = [teacher["clean" if align_target == "teacher_clean" else name] for name in names]
+    def branch(names, start, origin, labels):
+        looked_at, look_start = (student, student[start]) if weight_model == "student" else (teacher, teacher[origin])
+        targets = [teacher[origin if align_target == "teacher_clean" else name] for name in names]
         w = []
         for number, (name, target) in enumerate(zip(names, targets), start=1):
             if weights == "drop":
-                drop = (true_class(look_start) - true_class(looked_at[name])).clamp(min=0)
+                drop = (true_class(look_start, labels) - true_class(looked_at[name], labels)).clamp(min=0)
                 w.append(drop / drop.max())
             else:
                 w.append({
                     "uniform": lambda: torch.ones(len(labels)),
                     "linear": lambda: torch.full((len(labels),), number / len(names), dtype=torch.float64),
                     "last_only": lambda: torch.full((len(labels),), float(number == len(names))),
-                    "boundary": lambda: torch.exp(-margin(looked_at[name]).abs() / scale),
+                    "boundary": lambda: torch.exp(-margin(looked_at[name], labels).abs() / scale),
                     "gap": lambda: torch.exp(kl(target, student[name], "rows") / scale),
                 }[weights]())
         w = torch.stack(w).double().detach()
@@ -217,13 +217,16 @@ def path(
         return F.relu(weighted - distance(one_hot, smoothed))[0]
 
     untargeted = [f"path/{number}" for number in range(1, points)] + ["adversarial"]
-    total = alpha * branch(untargeted, "clean")
-    second = "clean/targeted" if dual_batch_norm else "clean"
+    total = alpha * branch(untargeted, "clean", "clean", labels)
+    second, origin, seconds = "clean/targeted" if dual_batch_norm else "clean", "clean", labels
+    if negatives == "data":
+        second, origin, seconds = "negative", "negative", negative_labels
     if gamma:
-        total = total + alpha * gamma * branch([f"targeted/{number}" for number in range(1, points + 1)], second)
+        targeted = [f"targeted/{number}" for number in range(1, points + 1)]
+        total = total + alpha * gamma * branch(targeted, second, origin, seconds)
     total = total + (1 - alpha) * kl(teacher["clean"], student["clean"])
     if natural == "both":
-        total = total + (1 - alpha) * kl(teacher["clean"], student[second])
+        total = total + (1 - alpha) * kl(teacher[origin], student[second])
     return total
 
 
@@ -269,7 +272,7 @@ PRESETS = {
 }
 
 
-def published(name, options, student, teacher, labels, progress):
+def published(name, options, student, teacher, labels, progress, negative_labels=None):
     """The whole loss: base + sum of weight * ramp * module. Options are named as the library's: `trades_beta`."""
     base, *modules = name.split("+")
     options = PRESETS[options.get("preset", "default")] | options
@@ -279,7 +282,8 @@ def published(name, options, student, teacher, labels, progress):
         return {option.removeprefix(f"{prefix}_"): value for option, value in options.items()
                 if option.startswith(f"{prefix}_") and option not in ("igdm_ramp", "path_batching", "path_statistics")}
 
-    loss = BASES[base](student, teacher, labels, progress, **own(base))
+    further = {"negative_labels": negative_labels} if base == "path" else {}
+    loss = BASES[base](student, teacher, labels, progress, **own(base), **further)
     ramp = {"linear": progress, "constant": 1.0}[options.get("igdm_ramp", "linear")]
     for module in modules:
         loss = loss + options.get(module, 10.0) * ramp * MODULES[module](student, teacher, labels, **own(module))
@@ -290,11 +294,16 @@ def published(name, options, student, teacher, labels, progress):
 
 
 class Batch:
-    """Made-up labels and logits, by view: of scale 2 to 5, and every model right about some images and wrong about others."""
+    """Made-up labels and logits, by view: of scale 2 to 5, and every model right about some images and wrong about others.
 
-    def __init__(self, classes, teacher_right=0.5):
-        self.classes, self.teacher_right = classes, teacher_right
-        self.labels = np.random.default_rng(classes).integers(0, classes, BATCH)
+    With `negatives` from the data, the targeted path is of images with other labels.
+    """
+
+    def __init__(self, classes, teacher_right=0.5, negatives="data"):
+        self.classes, self.teacher_right, self.negatives = classes, teacher_right, negatives
+        generator = np.random.default_rng(classes)
+        self.labels = generator.integers(0, classes, BATCH)
+        self.negative_labels = (self.labels + generator.integers(1, classes, BATCH)) % classes
 
     def output(self, model, view):
         generator = np.random.default_rng([self.classes, *f"{model} {view}".encode()])
@@ -305,7 +314,9 @@ class Batch:
         share = 0.5 if model == "student" else self.teacher_right
         # The largest where the model is right, below the average where it is not.
         true = np.where(generator.uniform(size=BATCH) < share, 5, -1)
-        deviations[np.arange(BATCH), self.labels] = true + generator.uniform(-0.5, 0.5, BATCH)
+        negative = self.negatives == "data" and view.startswith(("negative", "targeted"))
+        labels = self.negative_labels if negative else self.labels
+        deviations[np.arange(BATCH), labels] = true + generator.uniform(-0.5, 0.5, BATCH)
         return scale[:, None] * deviations
 
 
@@ -324,7 +335,8 @@ class Tensors(dict):
 def theirs(name, options, batch, progress=0.5):
     """Loss and gradients by view, by PyTorch in float64."""
     student, teacher = Tensors(batch, "student"), Tensors(batch, "teacher")
-    loss = published(name, options, student, teacher, torch.tensor(batch.labels), progress)
+    loss = published(
+        name, options, student, teacher, torch.tensor(batch.labels), progress, torch.tensor(batch.negative_labels))
     return loss.item(), gradients_by_view(loss, student)
 
 
@@ -342,7 +354,8 @@ def ours(name, options, batch, progress=0.5, dtype=np.float64):
             for model, views in (("student", chosen.student_views), ("teacher", chosen.teacher_views)))
 
         def mean_loss(student):
-            loss, _ = chosen.loss(student, teacher, jnp.asarray(batch.labels), jnp.asarray(progress, dtype))
+            loss, _ = chosen.loss(
+                student, teacher, jnp.asarray(batch.labels), jnp.asarray(progress, dtype), jnp.asarray(batch.negative_labels))
             assert loss.shape == (BATCH,) and loss.dtype == dtype
             return jnp.mean(loss)
 
@@ -476,9 +489,10 @@ def test_introspection(name, options, weighting, progress, classes):
     ("path", SHORT | {"path_batching": "separate", "path_statistics": True}),
     ("path+igdm", SHORT | {"igdm_gamma": 0.0}),
 )
-def test_path(name, options):
+@pytest.mark.parametrize("negatives", ["data", "batch"])
+def test_path(name, options, negatives):
     """At one size: of the formulas of the path, only the hinge depends on the number of classes."""
-    batch = Batch(10)
+    batch, options = Batch(10, negatives=negatives), options | {"path_negatives": negatives}
     assert_same(ours(name, options, batch), theirs(name, options, batch), **EXACT)
 
 
@@ -487,7 +501,9 @@ def test_path(name, options):
 def test_the_hinge_counts_what_exceeds_its_bound(distance, classes):
     options = SHORT | {"path_hinge": 0.3, "path_align_distance": distance, "path_weights": "uniform"}
     far, near = Batch(classes), Batch(classes)
-    near.output = lambda model, view: far.output("teacher", "clean") + 0.03 * far.output(model, view)
+    near.output = lambda model, view: (
+        far.output("teacher", "negative" if view.startswith(("negative", "targeted")) else "clean")
+        + 0.03 * (model == "student") * far.output(model, view))
     assert_same(ours("path", options, far), theirs("path", options, far), **EXACT)
     loss, gradients = ours("path", options, near)
     assert_same((loss, gradients), theirs("path", options, near), **EXACT)

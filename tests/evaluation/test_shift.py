@@ -179,14 +179,14 @@ def test_means_over_other_corruptions_do_not_share_a_row(tmp_path):
 
 def test_flags_of_cascades_mark_their_numbers(tmp_path):
     names = ALL[:6]
-    workdir = add_other(make_run(tmp_path / "run"), {"cifar10_1": {"clean": 0.9, "autoattack": 0.3}})
+    workdir = add_other(make_run(tmp_path / "run"), {"cifar10_1": {"clean": 0.9, "autoattack": 0.3}}, flags=["doubtful"])
+    add_other(workdir, {"svhn_cropped": {"autoattack": 0.2}})
     add_other(workdir, {name: {"autoattack": 0.25} for name in names}, flags=[FLAG])
-    _, plain, mean = rows_of(report.other_data_table([workdir]))[:3]
-    assert (plain[-1], mean[-1]) == ("30.0", "25.0†")
+    assert [row[-1] for row in rows_of(report.other_data_table([workdir]))[1:4]] == ["30.0†", "20.0", "25.0†"]
     text = report.other_data_table([workdir])
-    assert text.count(f"† {workdir}, AutoAttack: {FLAG}") == 1
+    assert text.count(f"† {workdir}, AutoAttack: {FLAG}") == text.count(f"† {workdir}, AutoAttack: doubtful") == 1
     page = report.write([workdir], tmp_path / "report.html").read_text()
-    assert table_of(page, "Other data")[2][-1] == "25.0†" and page.count("square: without gradients") == 1
+    assert table_of(page, "Other data")[3][-1] == "25.0†" and page.count("square: without gradients") == 1
 
 
 def test_names_are_escaped(tmp_path):

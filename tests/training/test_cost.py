@@ -12,7 +12,7 @@ With K attack steps. The published code's counts stand beside (reference: the of
     rslad+igdm     K f + K b, 3 f + 3 b; 3 f                          4 f; 4 f
     adaad+igdm     K f + K b, 2 f + 2 b; K f + K b, 2 f               4 f; K f + K b, 4 f
     dgad           K f + K b, 2 f + 2 b; K f + K b, 2 f               2 f + 2 b; K f + K b, 2 f
-    path           2K f + 2K b, 2K+2 f + 2K b; 1 f                    not published
+    path           2K f + 2K b, 2K+2 f + 2K b; 2 f                    not published
 """
 
 import dataclasses
@@ -73,11 +73,12 @@ def counts(name, **options):
     generator = np.random.default_rng(0)
     images = jnp.asarray(generator.uniform(size=(BATCH, *SHAPE)), jnp.float32)
     labels = jnp.asarray([0, 1, 2, 1])
+    negatives = (1 - images, (labels + 1) % CLASSES) if method.negatives else (None, None)
     with jax.disable_jit():
-        views, clean = step.attack(recipe, jax.random.key(2), state, variables, images, labels)
+        views, clean = step.attack(recipe, jax.random.key(2), state, variables, images, labels, *negatives)
         before = list(teacher.calls)
-        logits = step.teacher_logits(recipe, variables, views, clean, labels)
-        step.gradients_of(recipe, state, views, logits, labels)
+        logits = step.teacher_logits(recipe, variables, views, clean, labels, negatives[1])
+        step.gradients_of(recipe, state, views, logits, labels, negatives[1])
     return {
         "attack": (student.forwards[False], student.backwards[False]),
         "student": (student.forwards[True], student.backwards[True]),
@@ -98,8 +99,8 @@ NONE = (0, 0)
     ("adaad", (K, K), (1, 1), (K, K), [1]),
     ("adaiad", (K, K), (2, 2), (K, K), [1]),
     ("dgad", (K, K), (2, 2), (K, K), [2]),
-    # Both starts are forwarded for their weights, without a gradient.
-    ("path", (2 * K, 2 * K), (2 * K + 2, 2 * K), NONE, [1]),
+    # Both starts are forwarded for their weights, without a gradient; the teacher sees both together.
+    ("path", (2 * K, 2 * K), (2 * K + 2, 2 * K), NONE, [2]),
     ("pgd_at+igdm", (K, K), (2, 2), NONE, [2]),
     ("trades+igdm", (K + 1, K), (3, 3), NONE, [2]),
     ("ard+igdm", (K, K), (2, 2), NONE, [3]),
@@ -107,7 +108,7 @@ NONE = (0, 0)
     ("rslad+igdm", (K, K), (3, 3), (1, 0), [2]),
     ("adaad+igdm", (K, K), (2, 2), (K, K), [2]),
     ("dgad+igdm", (K, K), (3, 3), (K, K), [3]),
-    ("path+igdm", (2 * K, 2 * K), (2 * K + 3, 2 * K + 1), NONE, [3]),
+    ("path+igdm", (2 * K, 2 * K), (2 * K + 3, 2 * K + 1), NONE, [4]),
     ("pgd_at+awp", (K, K), (2, 2), NONE, []),  # the loss twice: for the perturbation, then for the update
 ])
 def test_a_step_computes_no_more_than_its_method_needs(name, attack, student, teacher_in_attack, teacher):
@@ -116,12 +117,20 @@ def test_a_step_computes_no_more_than_its_method_needs(name, attack, student, te
 
 
 @pytest.mark.parametrize("options, student, teacher", [
-    ({"path_weights": "uniform"}, (2 * K, 2 * K), [1]),  # nobody looks at the starts
-    ({"path_weights": "last_only"}, (2, 2), [1]),
-    ({"path_points": 2}, (6, 4), [1]),
+    ({"path_weights": "uniform"}, (2 * K, 2 * K), [2]),  # nobody looks at the starts
+    ({"path_weights": "last_only"}, (2, 2), [2]),
+    ({"path_points": 2}, (6, 4), [2]),
     ({"path_gamma": 0.0}, (K + 1, K), [1]),
     ({"path_align_target": "teacher_at_point"}, (2 * K + 2, 2 * K), [2 * K]),
-    ({"path_alpha": 0.5}, (2 * K + 2, 2 * K + 1), [1]),
+    ({"path_alpha": 0.5}, (2 * K + 2, 2 * K + 1), [2]),
+    ({"path_alpha": 0.5, "path_natural": "both"}, (2 * K + 2, 2 * K + 2), [2]),
+    ({"path_dual_batch_norm": False}, (2 * K + 2, 2 * K), [2]),
+    ({"path_inner_loss": "teacher_clean"}, (2 * K + 2, 2 * K), [1]),  # and T(x) in the attack
+    # From the batch, the starts of both branches are the same images.
+    ({"path_negatives": "batch"}, (2 * K + 2, 2 * K), [1]),
+    ({"path_negatives": "batch", "path_dual_batch_norm": False}, (2 * K + 1, 2 * K), [1]),
+    ({"path_negatives": "batch", "path_weights": "uniform"}, (2 * K, 2 * K), [1]),
+    ({"path_targeted_start": "anchor_image"}, (2 * K + 2, 2 * K), [1]),
 ])
 def test_options_of_path_leave_out_what_they_do_not_read(options, student, teacher):
     counted = counts("path", **options)

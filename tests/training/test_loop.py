@@ -422,7 +422,7 @@ def environment():
 
 
 def test_negatives_need_a_second_class_in_the_batch(tiny_config, tiny_teacher, tmp_path):
-    path = {"name": "path", "path_points": 2}
+    path = {"name": "path", "path_points": 2, "path_negatives": "batch"}
     config = tiny_config(method=path, teacher=str(tiny_teacher), training={"batch_size": 1, "steps": 2})
     assert_input_error(
         lambda: train(config, tmp_path / "run"), "batch of step 1", "class", "path", "config.training.batch_size",
@@ -430,6 +430,8 @@ def test_negatives_need_a_second_class_in_the_batch(tiny_config, tiny_teacher, t
     anchors = tiny_config(method=path | {"path_targeted_start": "anchor_image"}, teacher=str(tiny_teacher))
     loop.check_batch(anchors.build_method(), np.zeros(8, int), 1)
     loop.check_batch(config.build_method(), np.array([1, 1, 0]), 1)
+    from_data = tiny_config(method=path | {"path_negatives": "data"}, teacher=str(tiny_teacher))
+    loop.check_batch(from_data.build_method(), np.zeros(8, int), 1)
 
 
 def test_a_run_of_a_method_that_is_not_registered_here_is_not_called_damaged(tiny_config, tmp_path):

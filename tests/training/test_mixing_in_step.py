@@ -118,6 +118,9 @@ def test_what_the_step_makes_of_a_batch():
         np.testing.assert_allclose(labels.sum(axis=1), 1, atol=1e-6)
         allowed = np.eye(CLASSES)[rows["labels"]] + np.eye(CLASSES)[rows["partner_labels"]] > 0
         assert not np.any(np.asarray(labels)[~allowed])
+        others = rows["labels"] != rows["partner_labels"]
+        share = np.asarray(labels)[np.arange(BATCH), rows["partner_labels"]][others]
+        assert np.mean(share > 0) > 0.7 and 0.1 < share.mean() < 0.9
 
 
 # Which methods take soft labels.

@@ -20,7 +20,7 @@ from jaxrd.threat import ThreatModel
 from jaxrd.training import parallel, schedule, state as states, step
 
 METHODS = ["pgd_at", "rslad", "ard+igdm", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "ard", "dgad+igdm", "iad", "path", "ard+jvp", "ard+direct", "pgd_at+awp"))]
+    "ard", "dgad+igdm", "iad", "path", "path of the batch", "ard+jvp", "ard+direct", "pgd_at+awp"))]
 BATCH, STEPS, RATE, ALPHA, DECAY = 16, 5, 0.05, 30.0, 0.8
 THREAT, STEP_SIZE = ThreatModel(epsilon=0.1), 0.05
 
@@ -44,8 +44,10 @@ STUDENT, TEACHER = small(4), small(6)
 
 def recipe_of(name="ard+igdm", mirrored_statistics=False, **options) -> step.Recipe:
     """Recipes differ in little, so that one compiled program serves several tests."""
+    name, _, of_the_batch = name.partition(" ")
     method = distillation.method(
-        name, igdm=ALPHA if "igdm" in name else None, mirrored_statistics=mirrored_statistics, path_points=2)
+        name, igdm=ALPHA if "igdm" in name else None, mirrored_statistics=mirrored_statistics, path_points=2,
+        path_negatives="batch" if of_the_batch else "data")
     student = STUDENT
     if method.batch_norm_sets > 1:
         student = models.create("resnet6_w4", classes=10, image_shape=(8, 8, 1), batch_norm_sets=method.batch_norm_sets)
@@ -67,12 +69,20 @@ def teacher_variables():
     return variables
 
 
-def batch(index=0) -> dict[str, np.ndarray]:
+def batch(index=0, negatives=False) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(index)
     # Images of one class are alike, so that there is something to learn and the statistics are no accident.
     labels = generator.integers(0, 10, BATCH).astype(np.int32)
+    rows = {"images": images_of(labels, generator), "labels": labels}
+    if negatives:
+        others = ((labels + generator.integers(1, 10, BATCH)) % 10).astype(np.int32)
+        rows |= {"negatives": images_of(others, generator), "negative_labels": others}
+    return rows
+
+
+def images_of(labels, generator) -> np.ndarray:
     means = np.random.default_rng(99).uniform(0, 255, (10, 8, 8, 1))[labels]
-    return {"images": np.clip(means + generator.normal(0, 30, means.shape), 0, 255).astype(np.uint8), "labels": labels}
+    return np.clip(means + generator.normal(0, 30, means.shape), 0, 255).astype(np.uint8)
 
 
 def fresh(recipe, mesh, seed=0):
@@ -94,7 +104,8 @@ def run(recipe, mesh, steps=1):
     state, variables = fresh(recipe, mesh)
     train_step, history, metrics = step.make_train_step(recipe, mesh), [jax.tree.map(np.asarray, _arrays(state))], []
     for index in range(steps):
-        state, measured = train_step(state, variables, parallel.put_batch(batch(index), mesh))
+        rows = batch(index, recipe.method.negatives)
+        state, measured = train_step(state, variables, parallel.put_batch(rows, mesh))
         # On fake CPU devices two steps in flight wait for each other for ever.
         jax.block_until_ready((state, measured))
         history.append(jax.tree.map(np.asarray, _arrays(state)))
@@ -358,7 +369,8 @@ def test_one_device_and_four_are_the_same_run(name):
 def test_four_devices_exchange_sums_and_nothing_else(name, record_property):
     recipe, mesh = recipe_of(name), parallel.data_mesh()
     state, variables = fresh(recipe, mesh)
-    lowered = step.make_train_step(recipe, mesh).lower(state, variables, parallel.put_batch(batch(), mesh))
+    rows = parallel.put_batch(batch(0, recipe.method.negatives), mesh)
+    lowered = step.make_train_step(recipe, mesh).lower(state, variables, rows)
     program = lowered.compile().as_text()
     exchanged = collections.defaultdict(list)
     for shape, kind in re.findall(
@@ -366,6 +378,6 @@ def test_four_devices_exchange_sums_and_nothing_else(name, record_property):
         exchanged[kind].append(shape)
     record_property("all_reduces", len(exchanged["all-reduce"]))
     assert exchanged.pop("all-reduce")
-    if name == "path":  # who is whose negative takes everybody's label; never their images
+    if name == "path of the batch":  # who is whose negative takes everybody's label; never their images
         assert {re.sub(r"{.*", "", shape) for shape in exchanged.pop("all-gather")} <= {f"s32[{BATCH}]", f"f32[{BATCH}]"}
     assert not exchanged

@@ -47,14 +47,20 @@ def setting(name, **options):
     generator = np.random.default_rng(0)
     batch = {"images": generator.uniform(size=(BATCH, *SHAPE)).astype(np.float32),
              "labels": generator.integers(0, CLASSES, BATCH).astype(np.int32)}
+    if method.negatives:
+        batch["negatives"] = generator.uniform(size=(BATCH, *SHAPE)).astype(np.float32)
+        batch["negative_labels"] = ((batch["labels"] + generator.integers(1, CLASSES, BATCH)) % CLASSES).astype(np.int32)
     return recipe, state, dense(6).init(jax.random.key(1)), batch
 
 
 def gradients(recipe, state, teacher_variables, batch):
+    images, labels, negatives, negative_labels = (
+        None if name not in batch else jnp.asarray(batch[name])
+        for name in ("images", "labels", "negatives", "negative_labels"))
     views, clean = step.attack(
-        recipe, jax.random.key(2), state, teacher_variables, jnp.asarray(batch["images"]), batch["labels"])
-    teacher = step.teacher_logits(recipe, teacher_variables, views, clean, batch["labels"])
-    return views, *step.gradients_of(recipe, state, views, teacher, batch["labels"])
+        recipe, jax.random.key(2), state, teacher_variables, images, labels, negatives, negative_labels)
+    teacher = step.teacher_logits(recipe, teacher_variables, views, clean, labels, negative_labels)
+    return views, *step.gradients_of(recipe, state, views, teacher, labels, negative_labels)
 
 
 @pytest.mark.parametrize("name", [
@@ -85,8 +91,9 @@ def test_every_method_takes_two_steps_on_its_one_step(name):
 # BatchNorm sets.
 
 
-def test_each_branch_of_path_has_its_statistics_and_its_parameters():
-    recipe, state, teacher_variables, batch = setting("path")
+@pytest.mark.parametrize("negatives, start", [("data", "negative"), ("batch", "clean")])
+def test_each_branch_of_path_has_its_statistics_and_its_parameters(negatives, start):
+    recipe, state, teacher_variables, batch = setting("path", path_negatives=negatives)
     views, moved_by, statistics, metrics = gradients(recipe, state, teacher_variables, batch)
     first = state.params["first"]
 
@@ -98,7 +105,7 @@ def test_each_branch_of_path_has_its_statistics_and_its_parameters():
 
     # Starts and last points move them, the points between do not.
     np.testing.assert_allclose(statistics["mean"][0], running("adversarial", "clean"), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(statistics["mean"][1], running("targeted/3", "clean"), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(statistics["mean"][1], running("targeted/3", start), rtol=1e-4, atol=1e-6)
     assert np.all(np.any(moved_by["scale"] != 0, axis=1))
 
 
