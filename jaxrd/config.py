@@ -21,9 +21,9 @@ from ml_collections import config_dict
 from jaxrd import distillation, models
 from jaxrd.data.augment import Augmentation
 from jaxrd.distillation.catalogue import MethodConfig, documented, parse_name
+from jaxrd.distillation.composition import check_mixing
 from jaxrd.errors import InputError
 from jaxrd.threat import ThreatModel
-from jaxrd.training.step import check_mixing
 
 
 # Fields that say how a run is watched and stored, not what it computes: a resumed run may change them.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxrd.data.augment import Augmentation
 from jaxrd.distillation.inner_maximisation import Attack
 from jaxrd.distillation.views import LABELS, View
 from jaxrd.distillation.weight_perturbation import WeightPerturbation
@@ -205,3 +206,11 @@ class _Views(dict):
         raise InputError(
             f'"{self._term}" reads the {self._network}\'s logits of view "{view}", which are not among those it has '
             f'({", ".join(self) or "none"}); name it in {self._network}=("{view}", ...) of a term')
+
+
+def check_mixing(method: Method, augmentation: Augmentation) -> None:
+    """Raises InputError where images are mixed and the method is defined for one true class per image only."""
+    if augmentation.mixes and method.hard_labels:
+        raise InputError(
+            f'config.data.mixing "{augmentation.mixing}" gives soft labels, and {method.name} needs one true class per image; '
+            "set --config.data.mixing=none, or use pgd_at, trades, ard, akd, rslad or adaad")

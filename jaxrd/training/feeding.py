@@ -56,7 +56,7 @@ class Feeder:
         self._draws = {"": source.indices, **({"partner": source.partners} if partners else {}),
                        **({"negative": source.negatives} if negatives else {})}
         if resident is None:
-            resident = fits_on(mesh.devices.flat[0], source)
+            resident = fits_on(mesh.local_devices[0], source)
         self._gather = ResidentGather(source, mesh) if resident else self._host_gather
         self.resident = resident
         self.waited = 0.0

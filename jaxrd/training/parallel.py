@@ -48,18 +48,9 @@ def check_one_process() -> None:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns this process's part of a global batch as global arrays split over "data".
-
-    Args:
-      batch: host arrays, each holding the rows [batch / processes, ...] that `local_rows` names.
-    """
-    sharding = sharded(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
-
-
-def local_rows(indices: np.ndarray) -> np.ndarray:
-    """Returns the part of a global batch's indices that this process loads."""
-    return np.array_split(indices, jax.process_count())[jax.process_index()]
+    """Returns a global batch, whole on the host, split over "data": each process puts the rows of its own devices there."""
+    return {name: jax.make_array_from_callback(value.shape, sharded(mesh), lambda part, value=value: value[part])
+            for name, value in batch.items()}
 
 
 def enable_compilation_cache() -> None:

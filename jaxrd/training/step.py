@@ -18,7 +18,7 @@ import optax
 
 from jaxrd import objectives
 from jaxrd.data import augment as augmenting
-from jaxrd.distillation.composition import Method, Term
+from jaxrd.distillation.composition import Method, Term, check_mixing
 from jaxrd.distillation.inner_maximisation import Context, InnerMaximisation
 from jaxrd.distillation.views import View
 from jaxrd.distillation.weight_perturbation import perturb_weights
@@ -118,7 +118,7 @@ _NEGATIVES = 2**31 - 1
 def augment_negatives(recipe: Recipe, key: Array, batch: dict[str, Array]) -> tuple[Array, Array] | tuple[None, None]:
     """Returns the batch's (negatives float32 [batch, h, w, c] in [0, 1], their labels int32 [batch]), (None, None) for none.
 
-    They are augmented independently of the images that they are negatives for, by the same key, and never mixed.
+    They are augmented independently of the images that they are negatives for, whose key they take, and never mixed.
 
     Raises:
       InputError: a batch without them, where the method has negatives.
@@ -218,14 +218,6 @@ def gradients_of(
         params = perturb_weights(params, ascent, method.weight_perturbation.size(progress))
     gradients, (batch_stats, metrics) = jax.grad(mean_loss, has_aux=True)(params)
     return gradients, batch_stats, metrics | {"gradient_norm": optax.tree.norm(gradients)}
-
-
-def check_mixing(method: Method, augmentation: augmenting.Augmentation) -> None:
-    """Raises InputError where images are mixed and the method is defined for one true class per image only."""
-    if augmentation.mixes and method.hard_labels:
-        raise InputError(
-            f'config.data.mixing "{augmentation.mixing}" gives soft labels, and {method.name} needs one true class per image; '
-            "set --config.data.mixing=none, or use pgd_at, trades, ard, akd, rslad or adaad")
 
 
 def _probe_soft_labels(recipe: Recipe) -> None:

@@ -30,16 +30,6 @@ def test_what_is_replicated_is_whole_on_every_device():
     assert all(np.array_equal(shard.data, value) for shard in placed.addressable_shards)
 
 
-def test_every_process_loads_its_part_of_a_batch(monkeypatch):
-    indices, parts = np.arange(12)[::-1], []
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    for process in range(3):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts.append(parallel.local_rows(indices))
-    assert [len(part) for part in parts] == [4, 4, 4]
-    np.testing.assert_array_equal(np.concatenate(parts), indices)
-
-
 @pytest.mark.parametrize("batch_size, better", [(10, "such as 8 or 12"), (3, "such as 4"), (1, "such as 4")])
 def test_a_batch_that_the_devices_cannot_share_is_refused_with_one_that_they_can(batch_size, better):
     mesh = parallel.data_mesh()
