@@ -23,7 +23,8 @@ from absl import flags
 from launch import command
 
 _REPEATS = flags.DEFINE_integer(
-    "repeats", None, "Timed calls of each part, 30 by default (5 with --attacks); the median is printed.", lower_bound=1)
+    "repeats", None, "Timed calls of each part, 30 by default (5 with --attacks, 7 with --input); the median is printed.",
+    lower_bound=1)
 _TEACHER_MODEL = flags.DEFINE_string(
     "teacher_model", None, "Architecture of an untrained teacher to time instead of config.teacher.")
 _METHODS = flags.DEFINE_list(
@@ -97,7 +98,7 @@ def attacks_on(config, names: list[str]) -> None:
     from jaxrd.threat import ThreatModel, example_keys
     from jaxrd.training import loop
 
-    dataset, _ = loop.open_data(config)
+    dataset, _ = loop.open_own_data(config)
     source = dataset.test
     images = np.asarray(to_float(source.images[:250]))
     model = models.create(config.student, classes=source.classes, image_shape=source.image_shape)

@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100 themselves, from prepare to a killed and resumed run, where the images are at hand.
 
-They are no part of the project: the tests look for packs of them in ../shared/data (or $JAXRD_REAL_IMAGES) and skip elsewhere.
+They are no part of the project: $JAXRD_REAL_IMAGES names a directory with cifar10_train.npz, cifar10_test.npz,
+cifar100_train.npz and cifar100_test.npz (images uint8, labels), without which the tests skip.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from jaxrd import data, models
 from jaxrd.training.log import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
-PACKS = pathlib.Path(os.environ.get("JAXRD_REAL_IMAGES") or ROOT.parent / "shared" / "data")
+IMAGES = pathlib.Path(os.environ.get("JAXRD_REAL_IMAGES") or "none")
 CLASSES = {"cifar10": 10, "cifar100": 100}
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
 
@@ -35,20 +36,16 @@ def run(*arguments, **options):
 
 @pytest.fixture(scope="module", params=CLASSES)
 def real(request, tmp_path_factory):
-    """(name, {"train": (images, labels), "test": ...}, directory with train.npz and test.npz)."""
+    """(name, {"train": (images, labels), "test": ...}, directory where they are prepared as my_{name})."""
     name, directory = request.param, tmp_path_factory.mktemp(request.param)
-    packs = {"train": [PACKS / f"{name}_train_{index}.npz" for index in range(5)], "test": [PACKS / f"{name}_test.npz"]}
-    if not all(path.is_file() for paths in packs.values() for path in paths):
-        pytest.skip(f"no packs of {name} in {PACKS}")
-    pytest.importorskip("imagecodecs", reason="it decodes the packs")
+    paths = {split: IMAGES / f"{name}_{split}.npz" for split in ("train", "test")}
+    if not all(path.is_file() for path in paths.values()):
+        pytest.skip("$JAXRD_REAL_IMAGES names no directory with the images of CIFAR-10 and CIFAR-100")
     splits = {}
-    for split, paths in packs.items():
-        subprocess.run(
-            [sys.executable, PACKS / "unpack.py", directory / f"{split}.npz", *paths], check=True, capture_output=True)
-        with np.load(directory / f"{split}.npz") as file:
+    for split, path in paths.items():
+        with np.load(path) as file:
             splits[split] = file["images"], file["labels"]
-    run("launch.prepare", f"--npz={directory / 'train.npz'},{directory / 'test.npz'}", f"--name=my_{name}",
-        f"--data_dir={directory / 'tfds'}")
+    run("launch.prepare", f"--npz={paths['train']},{paths['test']}", f"--name=my_{name}", f"--data_dir={directory / 'tfds'}")
     return name, splits, directory
 
 

@@ -62,6 +62,11 @@ class Augmentation:
         need(isinstance(probability, numbers.Real) and 0 <= probability <= 1, "mixing_probability", probability,
              "a number in [0, 1]")
 
+    def check_image(self, shape: tuple[int, ...]) -> None:
+        """Raises InputError where images of this shape, (height, width, channel), are smaller than the cutout."""
+        side = min(shape[:2])
+        need(self.cutout <= side, "cutout", self.cutout, f"at most {side}, the shorter side of the images")
+
     @property
     def mixes(self) -> bool:
         """Whether images have partners, and labels are soft."""
@@ -284,5 +289,4 @@ def _box(key: Array, shape: tuple[int, ...], sides) -> Array:
 def _check(augmentation: Augmentation, keys: Array, images: Array) -> None:
     chex.assert_rank([keys, images], [1, 4])
     chex.assert_equal_shape_prefix([keys, images], 1)
-    side = min(images.shape[1:3])
-    need(augmentation.cutout <= side, "cutout", augmentation.cutout, f"at most {side}, the shorter side of the images")
+    augmentation.check_image(images.shape[1:])

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrd import files
 from jaxrd.data import tfds_reader
-from jaxrd.data.source import Source, check_labels, from_arrays, stratified_order
+from jaxrd.data.source import Source, check_every_class, check_labels, from_arrays, stratified_order
 from jaxrd.errors import InputError, choose, one_line
 
 SELECTIONS = ("validation", "last", "test")
@@ -91,11 +91,7 @@ def open_arrays(
     """
     shape, test_labels = _outline(test_path)
     train = from_arrays(*_read_npz(train_path), name=os.fspath(train_path))
-    # The largest label decides how many classes there are, so a stray one must not pass for a class.
-    missing = np.setdiff1d(np.arange(train.classes), train.labels)
-    if len(missing):
-        raise InputError(f"{train.name}: labels reach {train.labels.max()}, but no image has label {missing[0]}: "
-                         "number the classes from 0 without gaps")
+    check_every_class(train.labels, train.classes, train.name)
     if shape[1:] != train.image_shape:
         raise InputError(f"{train.name} has images {train.image_shape}, {os.fspath(test_path)} {shape[1:]}: resize one")
     check_labels(test_labels, shape[0], train.classes, os.fspath(test_path))
@@ -134,16 +130,14 @@ def open_tfds(
             f"data set {name!r} has the splits {list(prepared.splits)}, not 'train' and 'test': train on another one, and "
             f"evaluate on this one with --data={name}")
 
-    def read(split):
-        return from_arrays(*prepared.read(split), classes=prepared.classes, name=f"{name}/{split}")
+    def read(split, classes):
+        return from_arrays(*prepared.read(split), classes=classes, name=f"{name}/{split}")
 
-    train = read("train")
-    validation = read("validation") if selection == "validation" and "validation" in prepared.splits else None
+    train = read("train", prepared.classes)
+    validation = read("validation", train.classes) if selection == "validation" and "validation" in prepared.splits else None
 
-    def read_test():
-        return dataclasses.replace(read("test"), classes=train.classes)
-
-    return _data_set(name, train, validation, read_test, validation_fraction, selection)
+    return _data_set(
+        name, train, validation, lambda: read("test", train.classes), validation_fraction, selection)
 
 
 def open_test(spec: str, *, classes: int, directory: str | os.PathLike | None = None) -> list[Source]:
@@ -205,7 +199,7 @@ def _data_set(name, train: Source, validation: Source | None, read_test, validat
     if selection == "test":
         validation = read_test()
     elif validation is not None:
-        validation = dataclasses.replace(validation, name=f"{name}/validation", classes=train.classes)
+        validation = dataclasses.replace(validation, name=f"{name}/validation")
     return DataSet(dataclasses.replace(train, name=f"{name}/train"), validation, read_test)
 
 

@@ -7,14 +7,16 @@ files and prepared data sets.
 
 import dataclasses
 import functools
+import hashlib
 
 import numpy as np
 
 from jaxrd.data.selection import Selection
 from jaxrd.errors import InputError
 
-# What a generator is seeded with besides (seed, step), so that no two draws share a stream.
-_EXTRA, _PARTNERS, _NEGATIVES = 1, 2, 3
+# What a generator is seeded with after [seed, epoch or step], so that no two draws share a stream. The order of an epoch has
+# nothing there; as NumPy fills a seed up with zeros, the others end in something else.
+_EXTRA, _PARTNERS, _NEGATIVES = (0, 1), (0, 2), (0, 3)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ class Source:
         Raises:
           InputError: if an argument is out of range.
         """
-        return _places(len(self), (seed,), step, batch_size)
+        return _places(len(self), seed, step, batch_size)
 
     def partners(self, seed: int, step: int, batch_size: int) -> np.ndarray:
         """Positions of the images that those of `indices` are mixed with: the same ones, in a random order.
@@ -73,14 +75,14 @@ class Source:
         Returns:
           [batch_size] int64, in [0, n); an image may be its own partner.
         """
-        order = np.random.default_rng([seed, step, _PARTNERS]).permutation(batch_size)
+        order = np.random.default_rng([seed, step, *_PARTNERS]).permutation(batch_size)
         return self.indices(seed, step, batch_size)[order]
 
     def negatives(self, seed: int, step: int, batch_size: int) -> np.ndarray:
         """Positions of an image of another class for each of `indices`: the negatives of the path method.
 
-        The class is uniform over the others that have images here, the image uniform over that class. Nothing is searched
-        for: the positions are sorted by class once.
+        The class is uniform over the others that have images here, the image uniform over that class (in a `Mixture` over
+        the images of both sources). Nothing is searched for: the positions are sorted by class once.
 
         Returns:
           [batch_size] int64, in [0, n).
@@ -94,10 +96,18 @@ class Source:
                 f"{self.name}: all {len(self)} images are of class {self.labels[0]}, and negatives are of another class; "
                 "use data with two classes or more")
         own = rank[self.labels[self.indices(seed, step, batch_size)]]
-        generator = np.random.default_rng([seed, step, _NEGATIVES])
+        generator = np.random.default_rng([seed, step, *_NEGATIVES])
         other = generator.integers(len(counts) - 1, size=batch_size)
         other += other >= own
         return order[starts[other] + generator.integers(counts[other])]
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits of the shape, all labels and 64 images: other data have others, nearly always."""
+        digest = hashlib.sha256(repr((self.images.shape, str(self.images.dtype), self.classes)).encode())
+        digest.update(self.labels.tobytes())
+        digest.update(np.ascontiguousarray(self.images[np.linspace(0, len(self) - 1, 64).astype(int)]).tobytes())
+        return digest.hexdigest()
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Gathers {"images": [batch, height, width, channel], "labels": [batch]} at `indices` [batch] in [0, n)."""
@@ -140,7 +150,7 @@ class Source:
     def part(self, indices: np.ndarray, name: str) -> "Source":
         """Returns the images at `indices` [n] int, in that order, as a source of their own."""
         # What is on disk stays there, for all processes of this host; what is in memory is not kept whole for a part of it.
-        in_memory = type(self.images) is np.ndarray
+        in_memory = not isinstance(self.images, Selection) and getattr(self.images, "_mmap", None) is None
         images = self.images[indices] if in_memory else Selection([self.images], indices)
         return dataclasses.replace(self, images=images, labels=self.labels[indices], name=name)
 
@@ -177,9 +187,13 @@ class Mixture(Source):
                 "pass a fraction that leaves images of both data sets in it, or a larger batch size")
         is_extra = np.diff(np.arange(batch_size + 1) * share // batch_size).astype(bool)
         indices = np.empty(batch_size, np.int64)
-        indices[~is_extra] = _places(self.sizes[0], (seed,), step, batch_size - share)
-        indices[is_extra] = _places(self.sizes[1], (seed, _EXTRA), step, share) + self.sizes[0]
+        indices[~is_extra] = _places(self.sizes[0], seed, step, batch_size - share)
+        indices[is_extra] = _places(self.sizes[1], seed, step, share, _EXTRA) + self.sizes[0]
         return indices
+
+    def part(self, indices: np.ndarray, name: str) -> Source:
+        """Raises InputError: its batches would no longer have their shares."""
+        raise InputError(f"{self.name} is a mixture; take {name} of its first source, and mix after that")
 
 
 def mixture(main: Source, extra: Source, fraction: float) -> Mixture:
@@ -242,18 +256,18 @@ def from_arrays(images, labels, *, classes: int | None = None, name: str = "arra
     _check_images(images, name)
     classes = check_labels(labels, len(images), classes, name)
     if images.dtype != np.uint8:
-        images = images.astype(np.float32)
+        images = images.astype(np.float32, copy=False)
     return Source(images=images, labels=labels.astype(np.int32), classes=classes, name=name)
 
 
-def _places(n: int, seed: tuple[int, ...], step: int, batch_size: int) -> np.ndarray:
+def _places(n: int, seed: int, step: int, batch_size: int, stream: tuple[int, ...] = ()) -> np.ndarray:
     """Returns what is at the places of batch `step` in the endless sequence of permutations, see `Source.indices`."""
-    _check_integer("seed", seed[0], 0)
+    _check_integer("seed", seed, 0)
     _check_integer("step", step, 0)
     _check_integer("batch_size", batch_size, 1)
     start, stop = int(step) * int(batch_size), (int(step) + 1) * int(batch_size)
     epochs = range(start // n, (stop - 1) // n + 1)
-    parts = [_epoch_order((*map(int, seed), e), n)[max(start - e * n, 0) : stop - e * n] for e in epochs]
+    parts = [_epoch_order((int(seed), e, *stream), n)[max(start - e * n, 0) : stop - e * n] for e in epochs]
     return np.concatenate(parts)
 
 
@@ -291,6 +305,14 @@ def _check_images(images: np.ndarray, name: str) -> None:
         else:
             hint = "clip them"
         raise InputError(f"{name}: float images reach from {low:.4g} to {high:.4g}, outside [0, 1]: {hint}")
+
+
+def check_every_class(labels: np.ndarray, classes: int, name: str) -> None:
+    """Raises InputError where a class has no images: the largest label says how many there are, and may be a stray one."""
+    missing = np.setdiff1d(np.arange(classes), labels)
+    if len(missing):
+        raise InputError(f"{name}: labels reach {np.max(labels)}, but no image has label {missing[0]}: "
+                         "number the classes from 0 without gaps")
 
 
 def check_labels(labels: np.ndarray, images: int, classes: int | None, name: str) -> int:

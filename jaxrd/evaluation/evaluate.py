@@ -17,7 +17,7 @@ from jaxrd.evaluation.subject import Subject
 from jaxrd.training import checkpoint, parallel
 from jaxrd.training.checks import check_teacher
 from jaxrd.training.log import read_metrics
-from jaxrd.training.loop import open_data
+from jaxrd.training.loop import open_own_data
 
 ATTACKS = "clean,fgsm,pgd20,cw30,autoattack"
 _GALLERY_ATTACK = "pgd20"
@@ -112,7 +112,7 @@ def _evaluate_own(subject: Subject, chosen, split, teacher, curve, shared, tell)
     if split == "validation" and config.data.selection != "validation":
         raise InputError(f'split is "validation", but the run held no images out (its data.selection is '
                          f'"{config.data.selection}"); use "test"')
-    dataset, train_source = open_data(config)
+    dataset, train_source = open_own_data(config)
     source: Source = getattr(dataset, split)
     if (source.classes, source.image_shape) != (model.classes, model.image_shape):
         raise InputError(

@@ -30,7 +30,7 @@ from jaxrd.models.weights.accounting import some
 from jaxrd.models.weights.unpickling import printable
 from jaxrd.training import checkpoint, parallel
 from jaxrd.training.log import write_json
-from jaxrd.training.loop import open_data
+from jaxrd.training.loop import open_own_data
 
 EXPORT_FORMATS = ("torch", "safetensors", "stablehlo")
 
@@ -81,7 +81,7 @@ def import_weights(
     if data:
         arrays = ",".join(os.path.abspath(path.strip()) for path in data.split(",")) if "," in data else ""
         section = DataConfig(name="arrays" if arrays else data, arrays=arrays)
-        dataset, _ = open_data(Config(data=section))
+        dataset, _ = open_own_data(Config(data=section))
         image_shape, classes = _agreed(dataset, image_shape, classes)
     found = weights.read(
         source, name, image_shape=image_shape, classes=classes, data="" if "," in data else data, **options)

@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,15 +50,15 @@ class Feeder:
           last: the one after the last batch; None for batches without end.
           partners, negatives: what else a batch has.
           resident: keep the source on the devices; None where they are accelerators on which it takes at most a tenth of the
-            memory.
+            memory (of this process's first one: on unlike machines say which).
         """
         self._source, self._mesh, self._seed, self._batch_size = source, mesh, seed, batch_size
         self._next, self._last = first, last
-        self._draws = {"": source.indices, **({"partner": source.partners} if partners else {}),
+        self._draws = {"image": source.indices, **({"partner": source.partners} if partners else {}),
                        **({"negative": source.negatives} if negatives else {})}
         if resident is None:
             resident = fits_on(mesh.local_devices[0], source)
-        self._gather = ResidentGather(source, mesh) if resident else self._host_gather
+        self._gather = ResidentGather(source, mesh) if resident else None
         self.resident = resident
         self.waited = 0.0
         self._pending: collections.deque[concurrent.futures.Future] = collections.deque()
@@ -86,22 +87,26 @@ class Feeder:
         began = time.perf_counter()
         batch = future.result()
         self.waited += time.perf_counter() - began
-        return batch
+        if self._gather:
+            # Here and not in the thread: with several processes all must start their programs in one order.
+            batch = {role: self._gather(positions) for role, positions in batch.items()}
+        return {name: value for role, (images, labels) in batch.items()
+                for name, value in ((f"{role}s", images), ("labels" if role == "image" else f"{role}_labels", labels))}
 
     def _request(self) -> None:
         if self._last is None or self._next < self._last:
             self._pending.append(self._thread.submit(self._make, self._next))
             self._next += 1
 
-    def _make(self, step: int) -> dict[str, Array]:
-        batch = {}
-        for role, draw in self._draws.items():
-            images, labels = self._gather(draw(self._seed, step, self._batch_size))
-            names = (f"{role}s", f"{role}_labels") if role else ("images", "labels")
-            batch |= dict(zip(names, (images, labels)))
-        return batch
+    def _make(self, step: int) -> dict[str, Any]:
+        """Returns the images and labels of each role, or where the source is resident their positions."""
+        make = self._positions if self._gather else self._rows
+        return {role: make(draw(self._seed, step, self._batch_size)) for role, draw in self._draws.items()}
 
-    def _host_gather(self, positions: np.ndarray) -> tuple[Array, Array]:
+    def _positions(self, positions: np.ndarray) -> Array:
+        return parallel.put_batch({"positions": positions.astype(np.int32)}, self._mesh)["positions"]
+
+    def _rows(self, positions: np.ndarray) -> tuple[Array, Array]:
         source, sharding = self._source, parallel.sharded(self._mesh)
 
         def placed(rows):
@@ -123,7 +128,7 @@ class ResidentGather:
     """A copy of a source on every device, and the gathering of batches there."""
 
     def __init__(self, source: Source, mesh: jax.sharding.Mesh):
-        everywhere, self._split = parallel.replicated(mesh), parallel.sharded(mesh)
+        everywhere, split = parallel.replicated(mesh), parallel.sharded(mesh)
         whole = np.asarray(source.images)
         self._rows = tuple(
             jax.make_array_from_callback(rows.shape, everywhere, lambda part, rows=rows: rows[part])
@@ -134,17 +139,14 @@ class ResidentGather:
             # Each device gathers what its own part of the positions names; they are all in range.
             return jax.tree.map(
                 lambda array: jax.lax.with_sharding_constraint(
-                    array.at[positions].get(mode="promise_in_bounds"), self._split), rows)
+                    array.at[positions].get(mode="promise_in_bounds"), split), rows)
 
         self._gather = gather
 
-    def __call__(self, positions: np.ndarray) -> tuple[Array, Array]:
-        return self._gather(self._rows, self._placed(positions))
+    def __call__(self, positions: Array) -> tuple[Array, Array]:
+        """Returns the images and labels at `positions` [batch] int32, split over "data"."""
+        return self._gather(self._rows, positions)
 
-    def lowered(self, positions: np.ndarray) -> jax.stages.Lowered:
+    def lowered(self, positions: Array) -> jax.stages.Lowered:
         """Returns the program that gathers such a batch, for a look inside."""
-        return self._gather.lower(self._rows, self._placed(positions))
-
-    def _placed(self, positions: np.ndarray) -> Array:
-        positions = positions.astype(np.int32)
-        return jax.make_array_from_callback(positions.shape, self._split, lambda part: positions[part])
+        return self._gather.lower(self._rows, positions)

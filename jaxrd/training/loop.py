@@ -61,7 +61,12 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
     # 2. What the configuration names: data, teacher (as it was when the run began), student, and the step compiled for them.
     dataset, train_source = open_data(config)
     teacher_step, teacher_file = _teacher_of(config, workdir)
+    images = _images_of(train_source, config, workdir)
     recipe, teacher_variables = build_recipe(config, dataset, train_source.epoch, mesh, teacher_step=teacher_step)
+    with _naming("config.data"):
+        recipe.augmentation.check_image(train_source.image_shape)
+        if recipe.method.negatives:
+            train_source.negatives(config.seed, 0, 1)  # refuses data of one class
     train_step = make_train_step(recipe, mesh)
     # 3. All of it is there, so the directory is this run's from now on.
     claim(workdir, config)
@@ -77,7 +82,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
         log = Log(workdir, config, recipe.steps, resumed_at=int(state.step), devices=mesh.size)
         # 7. The remaining steps.
         metadata = {"config": config.to_dict(), "model": dict(recipe.student.specification), "teacher_step": teacher_step,
-                    "teacher_file": teacher_file, "jaxrd": jaxrd.__version__}
+                    "teacher_file": teacher_file, "images": images, "jaxrd": jaxrd.__version__}
         try:
             return _run(
                 config, dataset, train_source, recipe, teacher_variables, train_step, state, checkpoints, metadata, log, mesh)
@@ -101,7 +106,8 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
     stop = _StopSignal()
     with stop, feeder:
         for batch in feeder:
-            check_batch(recipe.method, train_source.labels[train_source.indices(config.seed, step, batch_size)], step + 1)
+            if recipe.method.attack.two_classes:
+                check_batch(recipe.method, train_source.labels[train_source.indices(config.seed, step, batch_size)], step + 1)
             began = time.perf_counter()
             state, metrics = train_step(state, teacher_variables, batch)
             step += 1
@@ -147,10 +153,20 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
 
 
 def open_data(config: Config) -> tuple[DataSet, data.Source]:
-    """Returns the data set of a configuration and the source that it trains on.
+    """Returns the data set of a configuration and the source that it trains on: `open_own_data` and its further images."""
+    dataset, train_source = open_own_data(config)
+    section = config.data
+    if section.extra:
+        with _naming("config.data.extra"):
+            extra = data.open_split(
+                section.extra, section.extra_split, classes=train_source.classes, directory=section.directory or None)
+            train_source = data.mixture(train_source, extra, section.extra_fraction)
+            train_source.indices(config.seed, 0, config.training.batch_size)  # refuses a fraction that rounds to none or all
+    return dataset, train_source
 
-    That is all of the training split or a draw, with the images of a second data set where the configuration names one.
-    """
+
+def open_own_data(config: Config) -> tuple[DataSet, data.Source]:
+    """Returns the data set of a configuration and what it trains on of it: all of the training split, or a draw."""
     section = config.data
     with _naming("config.data"):
         dataset = data.open_dataset(
@@ -159,12 +175,6 @@ def open_data(config: Config) -> tuple[DataSet, data.Source]:
         train_source = dataset.train
         if section.examples is not None:
             train_source = train_source.subset(section.examples, config.seed)
-    if section.extra:
-        with _naming("config.data.extra"):
-            extra = data.open_split(
-                section.extra, section.extra_split, classes=train_source.classes, directory=section.directory or None)
-            train_source = data.mixture(train_source, extra, section.extra_fraction)
-            train_source.indices(config.seed, 0, config.training.batch_size)  # refuses a fraction that rounds to none or all
     return dataset, train_source
 
 
@@ -241,6 +251,19 @@ def _teacher_of(config: Config, workdir: pathlib.Path) -> tuple[int | None, str 
             f"{workdir} was begun with step {began_with} of its teacher {config.teacher}, which now holds "
             f"{', '.join(map(str, there))}; choose another --workdir, or bring that checkpoint back")
     return began_with, file
+
+
+def _images_of(source: data.Source, config: Config, workdir: pathlib.Path) -> str:
+    """Returns the fingerprint of the training images; InputError where the run was begun on others."""
+    images = source.fingerprint
+    if checkpoint.has_checkpoints(workdir):
+        began_with = checkpoint.newest_metadata(workdir).get("images", images)
+        if began_with != images:
+            raise InputError(
+                f"{workdir} was begun with other training images than are now in {config.data.arrays or config.data.name}"
+                + (f" and {config.data.extra}" if config.data.extra else "")
+                + "; choose another --workdir, or bring those back")
+    return images
 
 
 def validate(model, variables, source, threat, mesh, *, teacher=None, teacher_variables=None) -> dict[str, float]:

@@ -124,11 +124,23 @@ def test_a_mixture_has_the_same_share_in_every_batch_and_runs_through_both(fract
     assert (mixed.labels[mixed.negatives(5, step, batch_size)] != mixed.labels[batches[step]]).all()
 
 
-def test_the_two_streams_of_a_mixture_of_equal_sources_differ():
+def test_no_two_draws_share_a_stream():
+    """The orders of either part of a mixture of two equal sources, epoch by epoch, and those of partners, step by step."""
+    n = 40
+    mixed = mixture(source_of(n), source_of(n), 0.5)
+    batches = np.stack([mixed.indices(1, step, n) for step in range(16)])
+    first, second = batches[batches < n].reshape(-1, n), batches[batches >= n].reshape(-1, n) - n
+    partners = []
+    for step in range(8):
+        positions = {position: place for place, position in enumerate(mixed.indices(1, step, n))}
+        partners.append([positions[position] for position in mixed.partners(1, step, n)])
+    orders = [tuple(order) for order in (*first, *second, *partners)]
+    assert len(first) == len(second) == 8 and len(set(orders)) == 24
+
+
+def test_no_part_is_taken_of_a_mixture():
     mixed = mixture(source_of(40), source_of(40), 0.5)
-    batches = np.stack([mixed.indices(0, step, 16) for step in range(20)])
-    first, second = batches[batches < 40], batches[batches >= 40] - 40
-    assert (first != second).any()
+    assert_input_error(lambda: mixed.subset(20, seed=0), "is a mixture", "mix after that")
 
 
 def test_mixture_rejects_what_does_not_fit():
@@ -344,6 +356,12 @@ def test_parts_of_a_memory_map_stay_on_disk(tmp_path):
     part = source.subset(9, seed=0)
     assert isinstance(part.images, Selection) and (part.images[:] == source_like(mapped, part)).all()
     assert isinstance(from_arrays(images_of(30), np.arange(30) % 3).subset(9, seed=0).images, np.ndarray)
+    np.save(tmp_path / "floats.npy", images_of(30).astype(np.float32) / 255)
+    floats = from_arrays(np.load(tmp_path / "floats.npy", mmap_mode="r"), np.arange(30) % 3)
+    assert str(floats.images.filename) == str(tmp_path / "floats.npy") and not floats.images.flags.writeable
+    assert isinstance(floats.subset(9, seed=0).images, Selection)
+    copied = from_arrays(np.load(tmp_path / "floats.npy", mmap_mode="r")[[2, 1, 0]], np.arange(3))
+    assert type(copied.subset(3, seed=0).images) is not Selection
     batch = part.batch(np.array([8, 0]))
     assert type(batch["images"]) is np.ndarray and batch["images"].shape == (2, 4, 4, 1)
 
@@ -352,3 +370,15 @@ def source_like(images, part):
     """The rows of `images` that a subset of 9 with seed 0 holds, found by their content."""
     flat = {image.tobytes(): index for index, image in enumerate(images)}
     return images[[flat[image.tobytes()] for image in part.images[:]]]
+
+
+def test_a_fingerprint_is_of_images_labels_and_classes():
+    source = source_of(200)
+    other = images_of(200)
+    other[-1] = 255 - other[-1]
+    prints = {source.fingerprint, from_arrays(other, source.labels).fingerprint,
+              from_arrays(images_of(200), source.labels[::-1]).fingerprint,
+              from_arrays(images_of(200), source.labels, classes=4).fingerprint,
+              from_arrays(images_of(199), source.labels[:199]).fingerprint}
+    assert len(prints) == 5 and source.fingerprint == source_of(200).fingerprint
+    assert source.part(np.arange(200), "all").fingerprint == source.fingerprint

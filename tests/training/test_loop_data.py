@@ -124,3 +124,36 @@ def test_bad_values_are_refused_by_the_configuration(tiny_config, section, menti
 def test_a_method_that_needs_one_true_class_refuses_mixing(tiny_config):
     assert_input_error(
         lambda: tiny_config(method={"name": "mart"}, data={"mixing": "mixup"}), "config.data.mixing", "mixup", "mart")
+
+
+def test_a_run_is_not_resumed_on_other_images(tiny_config, tiny_arrays, tmp_path):
+    train, test = tiny_arrays.split(",")
+    with np.load(train) as file:
+        images, labels = file["images"], file["labels"]
+    own = tmp_path / "train.npz"
+    np.savez(own, images=images, labels=labels)
+    config = tiny_config(data={"arrays": f"{own},{test}"}, training={"steps": 2})
+    loop.train(config, tmp_path / "run", **ONE)
+    loop.train(config, tmp_path / "run", **ONE)
+    np.savez(own, images=255 - images, labels=labels)
+    assert_input_error(lambda: loop.train(config, tmp_path / "run", **ONE), str(own), "other training images", "--workdir")
+    np.savez(own, images=images, labels=labels)
+    loop.train(config, tmp_path / "run", **ONE)
+
+
+def test_evaluation_has_no_use_for_the_further_images(tiny_config, tiny_arrays, tmp_path):
+    from jaxrd.evaluation.evaluate import evaluate
+
+    extra = tmp_path / "generated.npz"
+    with np.load(tiny_arrays.split(",")[0]) as file:
+        np.savez(extra, images=file["images"][:50], labels=file["labels"][:50])
+    loop.train(tiny_config(data={"extra": str(extra), "extra_fraction": 0.5}, training={"steps": 1}), tmp_path / "run", **ONE)
+    extra.unlink()
+    record = evaluate(tmp_path / "run", "clean", curve="none", say=lambda line: None, **ONE)
+    assert record["data"]["examples"] == 40 and record["data"]["train_examples"] == 160
+
+
+def test_a_cutout_larger_than_the_images_is_refused_before_anything_is_written(tiny_config, tmp_path):
+    config = tiny_config(data={"cutout": 9})
+    assert_input_error(lambda: loop.train(config, tmp_path / "run", **ONE), "config.data", "cutout is 9", "at most 8")
+    assert not (tmp_path / "run").exists()
