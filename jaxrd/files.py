@@ -9,6 +9,8 @@ import glob
 import hashlib
 import os
 import pathlib
+import re
+import secrets
 import shutil
 import signal
 import socket
@@ -33,16 +35,22 @@ _STARTED = time.time()
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, mode: str = "wb", **options) -> Iterator[IO]:
-    """Opens a temporary file beside `path`, which takes its place once the block has ended without an exception.
+    """Opens a temporary file beside `path`, which takes its place once the block has ended; an exception leaves nothing of it.
+
+    Its name, which ends in ".tmp", is nobody else's, so that of several writers at once the last one's file stands, whole.
 
     Args:
       path: the file; its directory exists.
       mode, **options: as for `open`.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, mode, **options) as file:
-        yield file
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, mode, **options) as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_arrays(path: str | pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -92,9 +100,7 @@ def appearing(target: pathlib.Path, *, directory: bool = False) -> Iterator[path
     workplace = None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        for left in place.parent.glob(f"{glob.escape(prefix)}*"):
-            if not _in_use(left, left.name.removeprefix(prefix).partition("-")[0]):
-                shutil.rmtree(left, ignore_errors=True)
+        remove_left(place.parent, prefix)
         with termination_raised():
             workplace = pathlib.Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place.parent))
             temporary = workplace / place.name
@@ -188,6 +194,20 @@ def sha256(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def remove_left(parent: pathlib.Path, prefix: str) -> None:
+    """Removes what dead processes of this machine have left.
+
+    Args:
+      parent: the directory that they worked in.
+      prefix: of the names of their directories, with the name of this machine; then come a process, "-" and one more word.
+    """
+    for left in parent.glob(f"{glob.escape(prefix)}*"):
+        # Of a machine whose name goes on after ours there is one more "-".
+        found = re.fullmatch(r"(\d+)-[^-]+", left.name.removeprefix(prefix))
+        if found and not _in_use(left, int(found[1])):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _remove(directory: pathlib.Path) -> None:
     """Removes a directory, in which threads of a write that failed may still be making files."""
     for _ in range(20):
@@ -207,13 +227,13 @@ def _name(file: pathlib.Path, target: pathlib.Path) -> None:
         os.replace(file, target)
 
 
-def _in_use(left: pathlib.Path, process: str) -> bool:
+def _in_use(left: pathlib.Path, process: int) -> bool:
     """Returns whether a process of this machine may still be writing there."""
     try:
-        if int(process) == os.getpid():  # of an earlier process with this number, in a container that was started again
+        if process == os.getpid():  # of an earlier process with this number, in a container that was started again
             return left.stat().st_mtime >= _STARTED
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError, FileNotFoundError):
+        os.kill(process, 0)
+    except (OverflowError, ProcessLookupError, FileNotFoundError):
         return False
     except PermissionError:
         pass

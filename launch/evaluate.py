@@ -7,6 +7,7 @@ With --data=cifar10_1,'cifar10_corrupted/*' the attacks run on other test images
 calls measured stays. A call that was killed goes on where it stopped.
 """
 
+import functools
 import pathlib
 
 from absl import flags
@@ -53,8 +54,8 @@ def main() -> None:
     for workdir in _WORKDIR.value:
         evaluate.evaluate(
             workdir, _ATTACKS.value, step=step, split=_SPLIT.value, teacher=_TEACHER.value, seed=_SEED.value,
-            batch_size=_BATCH_SIZE.value, curve=_CURVE.value, data=_DATA.value, data_directory=_DATA_DIR.value,
-            examples=_EXAMPLES.value)
+            batch_size=_BATCH_SIZE.value, curve=_CURVE.value, data=_DATA.value, data_directory=_DATA_DIR.value or None,
+            examples=_EXAMPLES.value, say=functools.partial(print, flush=True))  # or a file or pipe gets the lines in the end
         report.write([workdir], pathlib.Path(workdir) / "report.html")
     own = "" if _DATA.value else report.table(_WORKDIR.value)
     for table in filter(None, (own, report.other_data_table(_WORKDIR.value))):

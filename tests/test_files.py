@@ -1,10 +1,11 @@
-"""The lock that lets one at a time in, whoever dies; checksums."""
+"""The lock that lets one at a time in, whoever dies; files that are replaced whole; what the dead leave; checksums."""
 
 import concurrent.futures
 import hashlib
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -78,6 +79,38 @@ def test_a_lock_that_cannot_be_made_is_an_error_of_the_system(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError), files.alone(tmp_path / "file" / "lock"):
         pytest.fail("inside")
+
+
+def test_of_two_writers_at_once_each_writes_a_file_of_its_own(tmp_path):
+    path = tmp_path / "file"
+    with files.replacing(path, "w") as first:
+        first.write("first" * 1000)
+        with files.replacing(path, "w") as second:
+            second.write("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" * 1000 and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, kind):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(kind), files.replacing(tmp_path / "file") as file:
+        file.write(b"half")
+        raise kind
+    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"file": "old"}
+
+
+def test_what_is_removed_is_that_of_dead_processes_of_this_machine(tmp_path):
+    host, living = socket.gethostname(), subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stay = [f".x-{host}-{living.pid}-a", f".x-{host}-{os.getpid()}-1", f".x-{host}-{dead.pid}-{dead.pid}-a",
+            f".x-{host}-word-a", f".x-other{host}-{dead.pid}-a", f".y-{host}-{dead.pid}-a"]
+    for name in [*stay, f".x-{host}-{dead.pid}-a", f".x-{host}-{dead.pid}-17", f".x-{host}-{'9' * 30}-17"]:
+        (tmp_path / name / "below").mkdir(parents=True)
+    files.remove_left(tmp_path, f".x-{host}-")
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(stay)
+    living.communicate(b"\n")
 
 
 def test_sha256_is_that_of_the_content(tmp_path):

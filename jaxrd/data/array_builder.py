@@ -129,6 +129,9 @@ class ArrayBuilder(QuietBuilder, skip_registration=True):
                 adapter.write_examples(path, itertools.islice(examples, length))
             except RuntimeError as error:  # "write() failed: No space left on device; writing ..."
                 raise OSError(errno.EIO, str(error).partition(";")[0]) from error
+        # Also lets it come to its end: `islice` stops after the last example, before that chunk is counted.
+        if next(examples, None) is not None:
+            raise ValueError(f"{name} has more than {split.examples} examples")
         written = sum(path.stat().length for path in paths)
         return tfds.core.splits.SplitInfo(name=name, shard_lengths=lengths, num_bytes=written, filename_template=template)
 

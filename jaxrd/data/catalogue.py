@@ -1,12 +1,15 @@
 """Data sets of TFDS's catalogue, which TFDS downloads and prepares itself, and needs TensorFlow for."""
 
 import contextlib
+import errno
 import fnmatch
+import http.client
 import importlib.util
 import logging
 import os
 import pathlib
 import shlex
+import ssl
 import sys
 
 from jaxrd.data import digits, tfds_reader, tiny_imagenet
@@ -14,6 +17,7 @@ from jaxrd.data.publication import Origin, Say, publish
 from jaxrd.errors import InputError, one_line
 
 _TIMEOUT = 15  # seconds until a server that does not answer counts as not reachable
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def prepare_catalogue(
@@ -51,7 +55,7 @@ def prepare_catalogue(
                              f"--source={tiny_imagenet.ARCHIVE}")
         return [tiny_imagenet.prepare_tiny_imagenet(source, directory, say=say)]
     if base.partition(":")[0] not in tfds_reader.catalogue():
-        raise tfds_reader.not_prepared(name, root)
+        raise tfds_reader.not_prepared(name, root, "--npz=train.npz,test.npz")
     names = [name]
     if set("*?[") & set(config):
         configs = tfds.builder_cls(base).builder_configs
@@ -138,7 +142,10 @@ def _download_and_prepare(builder, root: pathlib.Path, source: pathlib.Path | No
             if isinstance(cause, InputError):
                 raise cause from None
         for cause in chain:
-            if isinstance(cause, OSError) and cause.errno:
+            if _is_of_the_network(cause):
+                raise InputError(f"data set {builder.name}: the download broke off ({one_line(cause)}); the same command goes "
+                                 "on, or give the archive as --source=FILE") from error
+            if isinstance(cause, OSError) and cause.errno in _WRITING:
                 raise cause from None
         raise InputError(f"data set {builder.name}: TFDS cannot prepare it ({one_line(error)})") from error
 
@@ -169,6 +176,15 @@ def _guarded(manager, name: str, source: pathlib.Path | None, say: Say):
 
     manager._register_or_validate_checksums, manager._download = checked, fetched
     return manager
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    """Tells errors of a connection from those of a disk; both are OSErrors, and SSL's have the number of EPERM."""
+    import requests
+    import urllib3
+
+    return isinstance(error, (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException,
+                              requests.RequestException, urllib3.exceptions.HTTPError))
 
 
 def _unreachable(url: str) -> str:

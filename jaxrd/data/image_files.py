@@ -113,13 +113,15 @@ def decoded(
     """
     first = next(iter(splits.values())).paths[0]
     size = (image_size, image_size) if image_size else _opened(sources, first).size
-    mark = sources.fingerprint(image_size, [[split, list(each.paths), list(each.labels)] for split, each in splits.items()])
+    listing = [[split, list(each.paths), list(each.labels)] for split, each in splits.items()]
+    mark = sources.fingerprint(image_size, CHUNK, listing)
     if not (kept / mark).exists():
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
         (kept / mark).touch()
     starts = {split: range(0, len(each.paths), CHUNK) for split, each in splits.items()}
-    pending = [(split, start) for split in splits for start in starts[split] if not _chunk(kept, split, start).exists()]
+    pending = [(split, start) for split, each in splits.items() for start in starts[split] if not _is_whole(
+        _chunk(kept, split, start), (len(each.paths[start:start + CHUNK]), size[1], size[0], 3))]
     total = sum(len(each.paths) for each in splits.values())
     done = total - sum(len(splits[split].paths[start:start + CHUNK]) for split, start in pending)
     # What is decoded is written three times: here, as records, and as arrays.
@@ -138,6 +140,8 @@ def decoded(
             images = np.stack(list(pool.map(decode, paths)))
             with files.replacing(_chunk(kept, split, start)) as file:
                 np.save(file, images)
+                file.flush()
+                os.fsync(file.fileno())  # or after a power cut the name is there, perhaps, and the content is not
             progress.add(len(paths))
     parts = {split: Split(len(each.paths), _reader(kept, split, each)) for split, each in splits.items()}
     return parts, (size[1], size[0], 3)
@@ -145,6 +149,14 @@ def decoded(
 
 def _chunk(kept: pathlib.Path, split: str, start: int) -> pathlib.Path:
     return kept / f"{split}-{start:08}.npy"
+
+
+def _is_whole(file: pathlib.Path, shape: tuple[int, ...]) -> bool:
+    try:
+        images = np.load(file, mmap_mode="r")
+        return images.shape == shape and images.dtype == np.uint8
+    except Exception:  # NumPy answers damage with a dozen unrelated types
+        return False
 
 
 def _reader(kept: pathlib.Path, split: str, labelled: Labelled):

@@ -19,7 +19,7 @@ from jaxrd.data.array_builder import VERSION, ArrayBuilder, digests, split_of
 from jaxrd.data.catalogue import prepare_catalogue
 from jaxrd.data.progress import Progress
 from jaxrd.data.publication import Origin, Say, need_space, publish
-from jaxrd.data.source import from_arrays
+from jaxrd.data.source import check_every_class, from_arrays
 from jaxrd.data.tiny_imagenet import prepare_tiny_imagenet
 from jaxrd.errors import InputError
 
@@ -37,9 +37,9 @@ def prepare_arrays(
 
     Args:
       name: for the data set: small letters, digits and "_"; none of TFDS's own.
-      splits: {"train": (images, labels), "test": ..., optionally "validation"}: images [n, height, width, channel], uint8 or
-        floating in [0, 1] (kept as float32), of one shape and dtype; labels [n] integers. Train has every class
-        0..classes - 1; the others have no further one.
+      splits: {"train": (images, labels), "test": ..., optionally "validation"}, or train alone, for images that others are
+        mixed with (`data.extra`): images [n, height, width, channel], uint8 or floating in [0, 1] (kept as float32), of one
+        shape and dtype; labels [n] integers. Train has every class 0..classes - 1; the others have no further one.
       directory: where TFDS keeps its data sets; TFDS's own choice (~/tensorflow_datasets) by default.
       say: is given what happens, line by line.
       paths: where the arrays come from, for the description.
@@ -51,9 +51,9 @@ def prepare_arrays(
       InputError: an argument is something else; there is another data set of this name; it cannot be written.
     """
     check_name(name)
-    for needed in ("train", "test"):
-        if needed not in splits:
-            raise InputError(f"splits of {name} are {list(splits)}; pass train and test, and validation where there is one")
+    if set(splits) != {"train"} and not {"train", "test"} <= set(splits):
+        raise InputError(f"splits of {name} are {list(splits)}; pass train and test, and validation where there is one, or "
+                         "train alone, to mix it with other images")
     for split in splits:
         if split not in _SPLITS:
             raise InputError(f'split is "{split}"; known: {", ".join(_SPLITS)}')
@@ -62,10 +62,7 @@ def prepare_arrays(
         classes = sources["train"].classes if sources else None
         sources[split] = from_arrays(*splits[split], classes=classes, name=f"{name}/{split}")
     train = sources["train"]
-    missing = np.setdiff1d(np.arange(train.classes), train.labels)
-    if len(missing):
-        raise InputError(f"{train.name}: labels reach {train.labels.max()}, but no image has label {missing[0]}: "
-                         "number the classes from 0 without gaps")
+    check_every_class(train.labels, train.classes, train.name)
     for source in sources.values():
         for field, value, wanted in (("shape", source.image_shape, train.image_shape),
                                      ("dtype", source.images.dtype, train.images.dtype)):

@@ -24,8 +24,8 @@ import numpy as np
 
 import jaxrd
 from jaxrd import files
-from jaxrd.data import tfds_reader
-from jaxrd.data.array_builder import digest_and, split_of
+from jaxrd.data import array_cache, tfds_reader
+from jaxrd.data.array_builder import digest_and, digests, split_of
 from jaxrd.errors import InputError, one_line
 
 Say = Callable[[str], object]
@@ -79,8 +79,9 @@ def publish(
                 root / f".{key}.lock",
                 lambda holder: say(f"{name}: {holder} prepares it at this moment; waiting for it")) as alone:
             if not alone:  # then at least not in the same place
-                own = f"{workplace.name}-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-                workplace = workplace.with_name(own)
+                own = f"{workplace.name}-{socket.gethostname()}-"
+                files.remove_left(root, own)
+                workplace = workplace.with_name(f"{own}{os.getpid()}-{threading.get_ident()}")
             if target.exists():
                 _remove(workplace)
                 return _already_there(name, target, origin, say)
@@ -151,20 +152,22 @@ def _remove(directory: pathlib.Path) -> None:
 
 
 def _complete(name: str, built: pathlib.Path, origin: Origin, expected: dict[str, dict[str, str]]) -> None:
-    """Reads a data set that was just written, compares it, and adds arrays, jaxrd.json and checksums.json."""
+    """Reads a data set that was just written, compares it, and adds checksums.json, arrays and jaxrd.json."""
     prepared = tfds_reader.at(name, built)
+    sums = {file.name: files.sha256(file) for file in sorted(built.glob("*.array_record*"))}
+    (built / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")  # first: the arrays are known by them
     splits = {}
     for split, examples in prepared.splits.items():
         try:
-            images, labels = prepared.read(split)
+            images, labels = prepared.read(split, must_keep=True)
         except InputError as error:  # whose way out is for data sets that are in their place
             raise OSError(errno.EIO, f"{split} cannot be read: {error.__cause__ or error}") from error
-        if not isinstance(images, np.memmap):  # the arrays could not be kept, which does only because the disk is full
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sums = np.zeros(images.shape[-1])
+        except array_cache.NotKept as error:
+            raise error.__cause__ from None
+        totals = np.zeros(images.shape[-1])
 
-        def add(chunk, sums=sums):
-            sums += chunk.sum((0, 1, 2), dtype=np.float64)
+        def add(chunk, totals=totals):
+            totals += chunk.sum((0, 1, 2), dtype=np.float64)
 
         sha256 = digest_and(split_of(images, labels), add)
         if expected.get(split, sha256) != sha256:
@@ -173,30 +176,34 @@ def _complete(name: str, built: pathlib.Path, origin: Origin, expected: dict[str
         splits[split] = {
             "examples": examples,
             "label_histogram": {int(label): int(count) for label, count in zip(*np.unique(labels, return_counts=True))},
-            "channel_means": (sums / (images[..., 0].size * scale)).tolist(),
+            "channel_means": (totals / (images[..., 0].size * scale)).tolist(),
             "sha256": sha256,
         }
     description = {"jaxrd": jaxrd.__version__, "origin": dataclasses.asdict(origin), "splits": splits}
     (built / "jaxrd.json").write_text(json.dumps(description, indent=1) + "\n")
-    sums = {file.name: files.sha256(file) for file in sorted(built.glob("*.array_record*"))}
-    (built / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
 
 
 def _already_there(name: str, target: pathlib.Path, origin: Origin, say: Say) -> pathlib.Path:
-    """Says that a data set is there, if it is the one that was asked for."""
+    """Says that a data set is there, if it is the one that was asked for and every byte of it is as it was prepared."""
     prepared = tfds_reader.at(name, target)
     prepared.check()
     try:
-        there = json.loads((target / "jaxrd.json").read_text())["origin"]
+        description = json.loads((target / "jaxrd.json").read_text())
+        there, sha256 = description["origin"], {split: each["sha256"] for split, each in description["splits"].items()}
         same, source = there["identity"] == origin.identity, ", ".join(there["paths"]) or there["kind"]
     except FileNotFoundError:  # TFDS's own work
-        same, source = origin.kind in ("catalogue", "digits"), "something else"
+        same, source, sha256 = origin.kind in ("catalogue", "digits"), "something else", {}
     except Exception as error:
         raise InputError(f"{target / 'jaxrd.json'}: cannot be read ({one_line(error)}): delete {target} and prepare the data "
                          "again") from error
     if not same:
         raise InputError(f"{target}: a data set of this name is there already, prepared from {source}; give this one another "
                          "--name (or --data_dir), or delete that directory")
+    prepared.check(content=True)
+    for split, expected in sha256.items():
+        if digests(split_of(*prepared.read(split))) != expected:
+            raise InputError(f"{target}: the arrays of {split} are damaged, they are not what was prepared: delete this "
+                             "directory and prepare the data again")
     say(f"{name}: is prepared already, in {target}")
     _summarise(name, target, target.parents[len(name.split("/"))], say)
     return target
@@ -208,4 +215,5 @@ def _summarise(name: str, path: pathlib.Path, root: pathlib.Path, say: Say) -> N
     sizes = ", ".join(f"{split} {examples:,}" for split, examples in prepared.splits.items())
     shape = "x".join(map(str, prepared.image_shape))
     say(f"  {sizes}; images {shape}, {prepared.dtype}; {prepared.classes} classes; {size / 1e6:,.1f} MB")
-    say(f"  use it with --config.data.name={name}{tfds_reader.data_dir_flag(root, 'config.data.directory')}")
+    use = "extra" if list(prepared.splits) == ["train"] else "name"
+    say(f"  use it with --config.data.{use}={name}{tfds_reader.data_dir_flag(root, 'config.data.directory')}")

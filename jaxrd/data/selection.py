@@ -38,6 +38,9 @@ class Selection:
         return self.shape[0]
 
     def __getitem__(self, key) -> np.ndarray:
+        if isinstance(key, tuple) or key is Ellipsis or key is None:  # of more than rows: NumPy's affair
+            rows, *rest = key if isinstance(key, tuple) and key else (slice(None),)
+            return self[rows][(slice(None), *rest)] if rest and isinstance(rows, slice) else self[:][key]
         positions = _places(key, len(self)) if self._positions is None else self._positions[key]
         if len(self._arrays) == 1:
             return np.asarray(self._arrays[0][positions])
@@ -61,6 +64,8 @@ def _places(key, n: int) -> np.ndarray:
         return np.arange(*key.indices(n))
     places = np.asarray(key)
     if places.dtype == bool:
+        if places.shape != (n,):
+            raise IndexError(f"a mask of shape {places.shape} does not select among {n} rows")
         (places,) = np.nonzero(places)
     if np.any(places < -n) or np.any(places >= n):
         raise IndexError(f"an index of {key} is out of range for {n} rows")

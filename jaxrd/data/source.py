@@ -19,6 +19,9 @@ from jaxrd.errors import InputError
 _EXTRA, _PARTNERS, _NEGATIVES = (0, 1), (0, 2), (0, 3)
 
 
+_MOST_CLASSES = 10_000_000  # more are a stray label, and beyond 2**31 would not fit into int32
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
     """Labelled images in host memory.
@@ -75,8 +78,8 @@ class Source:
         Returns:
           [batch_size] int64, in [0, n); an image may be its own partner.
         """
-        order = np.random.default_rng([seed, step, *_PARTNERS]).permutation(batch_size)
-        return self.indices(seed, step, batch_size)[order]
+        indices = self.indices(seed, step, batch_size)
+        return np.random.default_rng([seed, step, *_PARTNERS]).permutation(indices)
 
     def negatives(self, seed: int, step: int, batch_size: int) -> np.ndarray:
         """Positions of an image of another class for each of `indices`: the negatives of the path method.
@@ -205,7 +208,7 @@ def mixture(main: Source, extra: Source, fraction: float) -> Mixture:
       fraction: share of every batch that comes from `extra`, in (0, 1).
 
     Raises:
-      InputError: the fraction is out of range, or the images differ in shape or dtype.
+      InputError: the fraction is out of range, the images differ in shape or dtype, or a label is beyond the classes.
     """
     if not 0 < fraction < 1:
         raise InputError(f"extra_fraction={fraction}: pass a share of the batch between 0 and 1, as in 0.7")
@@ -213,6 +216,9 @@ def mixture(main: Source, extra: Source, fraction: float) -> Mixture:
         raise InputError(
             f"{extra.name} has images {extra.image_shape} of {extra.images.dtype}, {main.name} {main.image_shape} of "
             f"{main.images.dtype}; bring them to one shape and dtype")
+    if extra.labels.max() >= main.classes:
+        raise InputError(f"{extra.name}: labels reach {extra.labels.max()}, and {main.name} has {main.classes} classes; pass "
+                         f"images with labels in [0, {main.classes})")
     labels = np.concatenate([main.labels, extra.labels])
     return Mixture(Selection([main.images, extra.images]), labels, main.classes, f"{main.name}+{extra.name}",
                    (len(main), len(extra)), fraction)
@@ -309,9 +315,12 @@ def _check_images(images: np.ndarray, name: str) -> None:
 
 def check_every_class(labels: np.ndarray, classes: int, name: str) -> None:
     """Raises InputError where a class has no images: the largest label says how many there are, and may be a stray one."""
-    missing = np.setdiff1d(np.arange(classes), labels)
-    if len(missing):
-        raise InputError(f"{name}: labels reach {np.max(labels)}, but no image has label {missing[0]}: "
+    present = np.unique(labels)
+    if len(present) < 2:
+        raise InputError(f"{name}: all images have label {present[0]}: pass images of two classes or more")
+    if len(present) < classes:  # the first place at which the classes that are there are not 0, 1, 2, ...
+        missing = int(np.argmax(np.append(present, -1) != np.arange(len(present) + 1)))
+        raise InputError(f"{name}: labels reach {np.max(labels)}, but no image has label {missing}: "
                          "number the classes from 0 without gaps")
 
 
@@ -328,6 +337,8 @@ def check_labels(labels: np.ndarray, images: int, classes: int | None, name: str
     if classes is None:
         classes = max(2, int(labels.max()) + 1)
     _check_integer("classes", classes, 2)
+    if classes > _MOST_CLASSES:
+        raise InputError(f"{name}: labels reach {labels.max()}: number the classes from 0 without gaps")
     if labels.min() < 0 or labels.max() >= classes:
         raise InputError(f"{name}: labels reach from {labels.min()} to {labels.max()}: they must lie in [0, {classes})")
     return int(classes)

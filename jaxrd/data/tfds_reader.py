@@ -56,18 +56,22 @@ class Prepared:
         """That of the images."""
         return np.dtype(self._builder.info.features["image"].np_dtype)
 
-    def check(self) -> None:
-        """Raises InputError where a record file is missing."""
+    def check(self, *, content: bool = False) -> None:
+        """Raises InputError where a record file is missing; with `content` also where one is not what was prepared."""
         for split in () if self._mocked else self.splits:
-            for file in self._builder.info.splits[split].filepaths:
+            records = self._builder.info.splits[split].filepaths
+            for file in records:
                 if not os.path.isfile(file):
                     raise _damaged(self.path, FileNotFoundError(f"{file.name} is missing"))
+            if content:
+                _check_sums(records, _sums(self.path))
 
-    def read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, split: str, *, must_keep: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Reads one split, in the order of the data set.
 
         Args:
           split: one of `splits`.
+          must_keep: raise an exception where the arrays cannot be kept for the next one.
 
         Returns:
           images: [n, height, width, channel] in the dtype of the data set; as a rule a memory map that cannot be written to.
@@ -75,6 +79,7 @@ class Prepared:
 
         Raises:
           InputError: there is no such split, or its files are missing, damaged or not those that were prepared.
+          array_cache.NotKept: with `must_keep`.
         """
         choose(f"split of data set {self.name}", split, self.splits)
         shape = (self.splits[split], *self.image_shape)
@@ -82,9 +87,10 @@ class Prepared:
             if self._mocked:
                 images, labels = zip(*self._chunks(split), strict=True)
                 return np.concatenate(images), np.concatenate(labels)
-            mark = array_cache.fingerprint(self.path, self._builder.info.splits[split].filepaths)
-            return array_cache.kept(self.path, split, shape, self.dtype, mark, lambda: self._chunks(split))
-        except InputError:
+            mark = array_cache.fingerprint(self.path, self._builder.info.splits[split].filepaths, _sums(self.path))
+            return array_cache.kept(
+                self.path, split, shape, self.dtype, mark, lambda: self._chunks(split), must=must_keep)
+        except (InputError, array_cache.NotKept):
             raise
         except Exception as error:
             raise _damaged(self.path, error) from error
@@ -92,7 +98,7 @@ class Prepared:
     def _chunks(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         size = self.splits[split]
         if not self._mocked:
-            _check_sums(self.path, self._builder.info.splits[split].filepaths)
+            _check_sums(self._builder.info.splits[split].filepaths, _sums(self.path))
         records = self._builder.as_data_source(split)
         # A file cut in the right place looks like a shorter one.
         if len(records) != size:
@@ -234,12 +240,17 @@ def described(name: str, path: pathlib.Path, builder, sizes: dict[str, int], *, 
     return Prepared(name, path, tuple(image_shape), classes, sizes, _builder=builder, _mocked=mocked)
 
 
-def _check_sums(path: pathlib.Path, records: list[pathlib.Path]) -> None:
-    """Compares the record files with the checksums that were taken when they were prepared, where that was done."""
+def _sums(path: pathlib.Path) -> dict[str, str]:
+    """Returns the checksums of record files that were taken when they were prepared; none where that was not done."""
     try:
-        sums = json.loads((path / "checksums.json").read_text())
+        return dict(json.loads((path / "checksums.json").read_text()))
     except FileNotFoundError:
-        return
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _check_sums(records: list[pathlib.Path], sums: dict[str, str]) -> None:
     for file in records:
         if file.name in sums and files.sha256(file) != sums[file.name]:
             raise InputError(f"{file}: its SHA-256 is not the one in checksums.json, so it has changed since it was prepared: "
@@ -254,12 +265,14 @@ def not_prepared(name: str, root: pathlib.Path, instead: str = _INSTEAD) -> Inpu
         source = " --source=tiny-imagenet-200.zip" if base == TINY_IMAGENET else ""
         command = f"python -m launch.prepare --dataset={shlex.quote(name)}{source}{where}"
         return InputError(f"data set {name!r} is not prepared in {root}: prepare it with {command}, or pass {instead}")
-    guess = difflib.get_close_matches(base, known, n=1)
+    own_names = _prepared_names(root) if root.is_dir() else []
+    guess = difflib.get_close_matches(name, own_names, n=1) or difflib.get_close_matches(base, known, n=1)
     hint = f"did you mean {guess[0]!r}? Otherwise pass" if guess else "pass a TFDS name or"
     own = base if re.fullmatch(_NAME, base) else "NAME"
     command = f"python -m launch.prepare --npz=train.npz,test.npz --name={own}{where}"
-    return InputError(f"data set {name!r} is unknown to TFDS and not prepared in {root}: {hint} {instead}, or prepare "
-                      f"images of your own with {command}")
+    place = f"in {root}" if root.is_dir() else f"in {root}, which is no directory"
+    return InputError(f"data set {name!r} is unknown to TFDS and not prepared {place}: {hint} {instead}, or prepare images of "
+                      f"your own with {command}")
 
 
 def _damaged(path: pathlib.Path, error: Exception) -> InputError:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrd import files
 from jaxrd.errors import InputError
 from jaxrd.evaluation.names import MEASURES
 from jaxrd.evaluation.plots import is_number
@@ -40,15 +41,16 @@ def write(path: pathlib.Path, record: dict[str, Any], name: str = "") -> None:
       record: of the run's own data, which is given the records of other data; or of `name`.
       name: of other data.
     """
-    content = read(path)
-    others = content.get(OTHER_DATA)
-    others = others if isinstance(others, dict) else {}
-    if name:
-        write_json(path, content | {OTHER_DATA: others | {name: record}})
-        return
-    if others:
-        record[OTHER_DATA] = others
-    write_json(path, record)
+    with files.alone(path.with_name(f".{path.name}.lock")):
+        content = read(path)
+        others = content.get(OTHER_DATA)
+        others = others if isinstance(others, dict) else {}
+        if name:
+            write_json(path, content | {OTHER_DATA: others | {name: record}})
+            return
+        if others:
+            record[OTHER_DATA] = others
+        write_json(path, record)
 
 
 def keep_earlier(record: dict[str, Any], earlier: Any) -> None:

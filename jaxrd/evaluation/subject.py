@@ -44,6 +44,9 @@ class Subject:
         """Restores a checkpoint; raises InputError as `checkpoint.restore_model`."""
         model, variables, origin = checkpoint.restore_model(workdir, step)
         config = Config.from_dict(origin["config"])
+        # A run may have been resumed with its data elsewhere, and they are there for its earlier checkpoints too.
+        newest = Config.from_dict(checkpoint.newest_metadata(workdir)["config"])
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=newest.data.directory))
         model = models.create(**model.specification | {"dtype": "float32"})
         return cls(workdir, str(step), model, variables, origin, config, config.threat.build())
 

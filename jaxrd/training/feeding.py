@@ -51,7 +51,11 @@ class Feeder:
           partners, negatives: what else a batch has.
           resident: keep the source on the devices; None where they are accelerators on which it takes at most a tenth of the
             memory (of this process's first one: on unlike machines say which).
+
+        Raises:
+          InputError: the devices cannot share a batch equally.
         """
+        parallel.check_batch_size("batch_size", batch_size, mesh)
         self._source, self._mesh, self._seed, self._batch_size = source, mesh, seed, batch_size
         self._next, self._last = first, last
         self._draws = {"image": source.indices, **({"partner": source.partners} if partners else {}),

@@ -61,12 +61,12 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
     # 2. What the configuration names: data, teacher (as it was when the run began), student, and the step compiled for them.
     dataset, train_source = open_data(config)
     teacher_step, teacher_file = _teacher_of(config, workdir)
-    images = _images_of(train_source, config, workdir)
+    images = _images_of(dataset, train_source, config, workdir)
     recipe, teacher_variables = build_recipe(config, dataset, train_source.epoch, mesh, teacher_step=teacher_step)
     with _naming("config.data"):
         recipe.augmentation.check_image(train_source.image_shape)
         if recipe.method.negatives:
-            train_source.negatives(config.seed, 0, 1)  # refuses data of one class
+            train_source.negatives(config.seed, 0, config.training.batch_size)  # refuses data of one class
     train_step = make_train_step(recipe, mesh)
     # 3. All of it is there, so the directory is this run's from now on.
     claim(workdir, config)
@@ -100,6 +100,7 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
         return state
     if jax.process_index() == 0:
         write_json(log.workdir / "environment.json", environment())
+    log.say(_what_it_sees(config, dataset, train_source))
     feeder = Feeder(
         train_source, mesh, seed=config.seed, batch_size=batch_size, first=step, last=steps,
         partners=recipe.augmentation.mixes, negatives=recipe.method.negatives, resident=config.data.resident)
@@ -253,14 +254,26 @@ def _teacher_of(config: Config, workdir: pathlib.Path) -> tuple[int | None, str 
     return began_with, file
 
 
-def _images_of(source: data.Source, config: Config, workdir: pathlib.Path) -> str:
-    """Returns the fingerprint of the training images; InputError where the run was begun on others."""
-    images = source.fingerprint
+def _what_it_sees(config: Config, dataset: DataSet, source: data.Source) -> str:
+    """Returns a line on what is trained on, and what the best checkpoint is chosen on."""
+    name = config.data.arrays or config.data.name
+    line = f"trains on {source.epoch:,} images of {name}"
+    if config.data.extra:
+        line += f" and {len(source) - source.epoch:,} of {config.data.extra}, {config.data.extra_fraction:.0%} of each batch"
+    chosen = {"validation": "held-out images", "test": "TEST images: its accuracy on them will be optimistic"}
+    if dataset.validation is None:
+        return f"{line}; no checkpoint is the best one, the last counts"
+    return f"{line}; the best checkpoint is chosen on {len(dataset.validation):,} {chosen[config.data.selection]}"
+
+
+def _images_of(dataset: DataSet, source: data.Source, config: Config, workdir: pathlib.Path) -> list[str]:
+    """Returns the fingerprints of the images to train and to validate on; InputError where the run was begun on others."""
+    images = [source.fingerprint, *([dataset.validation.fingerprint] if dataset.validation is not None else [])]
     if checkpoint.has_checkpoints(workdir):
         began_with = checkpoint.newest_metadata(workdir).get("images", images)
         if began_with != images:
             raise InputError(
-                f"{workdir} was begun with other training images than are now in {config.data.arrays or config.data.name}"
+                f"{workdir} was begun with other images than are now in {config.data.arrays or config.data.name}"
                 + (f" and {config.data.extra}" if config.data.extra else "")
                 + "; choose another --workdir, or bring those back")
     return images

@@ -1,11 +1,13 @@
 """Preparing what TFDS knows: what is answered without TensorFlow, and (slow) the whole way with it, from stand-in archives."""
 
 import configparser
+import errno
 import io
 import json
 import os
 import pathlib
 import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -69,6 +71,55 @@ def test_a_data_set_that_cannot_be_had_is_one_line(tmp_path, no_network, name, m
 def test_a_server_that_does_not_answer_is_one_line(tmp_path, as_if_tensorflow_were_there):
     fail(tmp_path / "data", "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz cannot be reached", "170052171 bytes",
          SHA256, "--source=cifar-10-binary.tar.gz")
+
+
+def _broken_by(error):
+    """What requests makes of it while it reads an answer."""
+    def fetch(self, resource):
+        try:
+            raise error
+        except Exception as cause:
+            raise requests.exceptions.ChunkedEncodingError(f"Connection broken: {cause!r}") from cause
+
+    return fetch
+
+
+BROKEN = [ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), TimeoutError(errno.ETIMEDOUT, "timed out"),
+          ssl.SSLError(1, "[SSL: BAD] bad record"), requests.ConnectionError("Max retries exceeded")]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("error", BROKEN, ids=lambda error: type(error).__name__)
+def test_a_download_that_breaks_off_is_no_full_disk(tmp_path, as_if_tensorflow_were_there, monkeypatch, error, wrapped):
+    def fetch(self, resource):
+        raise error
+
+    monkeypatch.setattr(catalogue, "_unreachable", lambda url: "")
+    monkeypatch.setattr("tensorflow_datasets.download.DownloadManager._download", _broken_by(error) if wrapped else fetch)
+    fail(tmp_path / "data", "data set cifar10: the download broke off", str(error.args[-1]), "the same command goes on",
+         "--source=", say=lambda line: None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_download_that_cannot_be_written_is_the_disks_fault(tmp_path, as_if_tensorflow_were_there, monkeypatch, number):
+    def fetch(self, resource):
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as cause:
+            raise RuntimeError("in a thread of TFDS") from cause
+
+    monkeypatch.setattr(catalogue, "_unreachable", lambda url: "")
+    monkeypatch.setattr("tensorflow_datasets.download.DownloadManager._download", fetch)
+    fail(tmp_path / "data", f"cifar10 cannot be written there ({os.strerror(number)})", "--data_dir", say=lambda line: None)
+
+
+def test_other_errors_of_the_system_are_no_writing(tmp_path, as_if_tensorflow_were_there, monkeypatch):
+    def fetch(self, resource):
+        raise OSError(errno.ENOEXEC, "Exec format error")
+
+    monkeypatch.setattr(catalogue, "_unreachable", lambda url: "")
+    monkeypatch.setattr("tensorflow_datasets.download.DownloadManager._download", fetch)
+    fail(tmp_path / "data", "TFDS cannot prepare it", "Exec format error", say=lambda line: None)
 
 
 def test_a_source_that_is_missing_or_another_file_is_one_line(tmp_path, as_if_tensorflow_were_there):

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxrd.data import open_dataset, preparation, publication, tfds_reader
+from jaxrd.data import array_builder, open_dataset, preparation, publication, tfds_reader
 from jaxrd.errors import InputError
 from tests.support import assert_input_error
 
@@ -67,6 +69,16 @@ def test_arrays_come_back_in_their_order(tmp_path, dtype, shape, monkeypatch):
     for file in (path / "arrays").iterdir():
         file.unlink()
     assert_prepared(tmp_path, splits)
+
+
+def test_what_was_prepared_is_never_decoded_again_even_on_another_disk(tmp_path, monkeypatch):
+    path = preparation.prepare_arrays("mine", SPLITS, tmp_path / "data", lambda line: None)
+    monkeypatch.setattr(tfds_reader.Prepared, "_chunks", lambda self, split: pytest.fail("decoded"))
+    assert_prepared(tmp_path / "data", SPLITS)
+    shutil.copytree(path, tmp_path / "copy" / "mine" / "1.0.0", copy_function=shutil.copyfile)
+    for file in (tmp_path / "copy").glob("*/*/*"):
+        os.utime(file, ns=(0, 1))
+    assert_prepared(tmp_path / "copy", SPLITS)
 
 
 def test_float64_is_kept_as_float32(tmp_path):
@@ -142,6 +154,49 @@ def test_a_damaged_data_set_of_this_name_says_what_to_delete(tmp_path):
         assert_input_error(lambda: preparation.prepare_arrays("mine", SPLITS, tmp_path), str(path), "delete")
 
 
+@pytest.mark.parametrize(
+    "name", ["mine-train.array_record-00000-of-00001", "arrays/train_images.npy", "arrays/test_labels.npy"])
+def test_one_bit_that_is_not_as_it_was_prepared_says_what_to_delete(tmp_path, name):
+    path = preparation.prepare_arrays("mine", SPLITS, tmp_path, lambda line: None)
+    times = path.joinpath(name).stat()
+    content = bytearray(path.joinpath(name).read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    path.joinpath(name).write_bytes(content)
+    os.utime(path / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    lines, say = says()
+    assert_input_error(
+        lambda: preparation.prepare_arrays("mine", SPLITS, tmp_path, say), str(path), "delete this directory and prepare")
+    assert lines == []
+
+
+def test_images_to_mix_in_need_no_test_part(tmp_path):
+    splits = {"train": SPLITS["train"]}
+    for dtype in (np.uint8, np.float32):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(splits, "train", arrays(30, dtype))
+            lines, say = says()
+            preparation.prepare_arrays("mine", splits, tmp_path / str(np.dtype(dtype)), say)
+            assert_prepared(tmp_path / str(np.dtype(dtype)), splits)
+        assert f"--config.data.extra=mine --config.data.directory={tmp_path}" in lines[-1]
+    assert "data.name" not in "".join(lines)
+
+
+def test_writing_counts_every_image(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrd.data.array_builder._SHARD", 20_000)
+    counted, splits = [], {"train": arrays(1230), "validation": arrays(500), "test": arrays(7)}
+    builder = preparation.ArrayBuilder("mine", (6, 5, 3), np.uint8, 3, data_dir=tmp_path, file_format="array_record")
+    builder.write({split: preparation.split_of(*each) for split, each in splits.items()}, counted.append)
+    assert counted == [500, 500, 230, 500, 7]
+
+
+def test_more_images_or_labels_than_a_split_says_are_not_written(tmp_path):
+    images, labels = arrays(20)
+    for size, pair in ((19, (images, labels)), (20, (images, labels[:-1])), (20, (images, np.append(labels, 0)))):
+        builder = preparation.ArrayBuilder("mine", (6, 5, 3), np.uint8, 3, data_dir=tmp_path, file_format="array_record")
+        with pytest.raises(ValueError):
+            builder.write({"train": array_builder.Split(size, lambda pair=pair: [pair])}, lambda images: None)
+
+
 NAMES = {**dict.fromkeys(["", "Mine", "my-images", "3d", "a__b", "../x", "mine/x"], "small letters"),
          **{name: f"my_{name}" for name in ("cifar10", "tiny_imagenet", "jaxrd_digits", "downloads")}}
 
@@ -161,7 +216,8 @@ def without(label):
 
 
 BAD_ARRAYS = {
-    "no test": ({"train": SPLITS["train"]}, ["['train']", "test"]),
+    "no test": ({"train": SPLITS["train"], "validation": SPLITS["test"]}, ["['train', 'validation']", "train alone"]),
+    "no train": ({"test": SPLITS["test"]}, ["['test']", "train"]),
     "unknown split": ({**SPLITS, "dev": SPLITS["test"]}, ['"dev"', "validation"]),
     "labels beyond the classes": ({**SPLITS, "test": (SPLITS["test"][0], SPLITS["test"][1] + 1)}, ["mine/test", "[0, 3)"]),
     "labels from 1": ({**SPLITS, "train": (SPLITS["train"][0], SPLITS["train"][1] + 1)}, ["mine/train", "label 0"]),
@@ -358,6 +414,48 @@ def test_what_was_decoded_from_another_source_is_not_used(tmp_path, folder, monk
     assert_prepared(tmp_path / "data", as_splits(pixels))
 
 
+def _no_content(file):
+    file.write_bytes(b"")
+
+
+def _zeros(file):
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def _fewer(file):
+    np.save(file, np.load(file)[:-1])
+
+
+def _another_type(file):
+    np.save(file, np.load(file).astype(np.int16))
+
+
+@pytest.mark.parametrize("spoil", [_no_content, _zeros, _fewer, _another_type])
+def test_what_a_power_cut_left_half_written_is_decoded_again(tmp_path, folder, monkeypatch, spoil):
+    folder, pixels = folder
+    process = in_process(SLOW_FOLDER.replace("time.sleep(60)", "import os; os._exit(9)"), folder, tmp_path / "data")
+    process.communicate(timeout=120)
+    assert process.returncode == 9
+    chunk = tmp_path / "data" / ".mine.preparing" / "kept" / "train-00000004.npy"
+    spoil(chunk)
+    monkeypatch.setattr("jaxrd.data.image_files.CHUNK", 4)
+    lines, say = says()
+    preparation.prepare_folder("mine", folder, tmp_path / "data", say=say)
+    assert "goes on after 17 of 27 images" in lines[0]  # 5 whole chunks of 4 and one of 1 to train, less that one
+    assert_prepared(tmp_path / "data", as_splits(pixels))
+
+
+def test_chunks_of_another_size_are_not_used(tmp_path, folder, monkeypatch):
+    folder, pixels = folder
+    process = in_process(SLOW_FOLDER.replace("time.sleep(60)", "import os; os._exit(9)"), folder, tmp_path / "data")
+    process.communicate(timeout=120)
+    monkeypatch.setattr("jaxrd.data.image_files.CHUNK", 20)  # the last one has the same images
+    lines, say = says()
+    preparation.prepare_folder("mine", folder, tmp_path / "data", say=say)
+    assert "goes on" not in lines[0]
+    assert_prepared(tmp_path / "data", as_splits(pixels))
+
+
 DIE = """
 import os, numpy as np
 def die(*_):
@@ -445,6 +543,16 @@ def test_without_locks_two_at_once_give_one_whole_data_set(tmp_path, monkeypatch
     assert_prepared(tmp_path, SPLITS)
 
 
+def test_without_locks_the_workplaces_of_dead_processes_go(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrd.files.fcntl", None)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (f".mine.preparing-{socket.gethostname()}-{dead.pid}-140", f".mine.preparing-elsewhere-{dead.pid}-140"):
+        (tmp_path / name / "build").mkdir(parents=True)
+    preparation.prepare_arrays("mine", SPLITS, tmp_path, lambda line: None)
+    assert sorted(os.listdir(tmp_path)) == [".mine.lock", f".mine.preparing-elsewhere-{dead.pid}-140", "mine"]
+
+
 def test_different_data_sets_are_prepared_at_once_without_disturbing_each_other(tmp_path, capsys):
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda name: preparation.prepare_arrays(name, SPLITS, tmp_path / name, print), ("one", "two", "three")))
@@ -464,6 +572,25 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, call)
     assert_input_error(
         lambda: preparation.prepare_arrays("mine", SPLITS, directory), str(directory), "No space left", "--data_dir")
     assert not (tmp_path / "some").exists()
+
+
+def test_why_the_arrays_cannot_be_kept_is_what_it_says(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("jaxrd.data.array_cache._write_header", refuse)
+    assert_input_error(lambda: preparation.prepare_arrays("mine", SPLITS, tmp_path / "data"), "Disk quota exceeded")
+    assert not (tmp_path / "data").exists() and capsys.readouterr().err == ""
+
+
+def test_a_file_system_without_maps_is_no_full_disk(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENODEV, "No such device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmap.mmap", refuse)
+        preparation.prepare_arrays("mine", SPLITS, tmp_path, lambda line: None)
+    assert_prepared(tmp_path, SPLITS)
 
 
 def test_a_file_that_the_system_does_not_let_grow_is_one_line_and_leaves_nothing(tmp_path):

@@ -34,7 +34,17 @@ def test_without_positions_it_is_all_of_the_arrays(parts, key):
     assert np.asarray(Selection(parts), dtype=np.float32).dtype == np.float32
 
 
-@pytest.mark.parametrize("key", [13, -14, np.array([0, 13])])
+@pytest.mark.parametrize(
+    "key", [..., (..., 0), (slice(None), 0), (slice(1, 4), 0, slice(None)), (2, 1), (None,), None, (), (np.array([0, 2]), 1)], 
+    ids=str)
+@pytest.mark.parametrize("positions", [POSITIONS, None], ids=["positions", "all"])
+@pytest.mark.parametrize("parts", [PARTS, [WHOLE]], ids=["three arrays", "one array"])
+def test_indices_of_more_than_rows_are_numpys_too(parts, positions, key):
+    expected = WHOLE if positions is None else WHOLE[positions]
+    np.testing.assert_array_equal(Selection(parts, positions)[key], expected[key])
+
+
+@pytest.mark.parametrize("key", [13, -14, np.array([0, 13]), np.ones(12, bool)])
 def test_rows_that_are_not_there_are_refused(key):
     with pytest.raises(IndexError):
         Selection(PARTS)[key]

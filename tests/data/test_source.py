@@ -145,6 +145,8 @@ def test_no_part_is_taken_of_a_mixture():
 
 def test_mixture_rejects_what_does_not_fit():
     main = source_of(20)
+    beyond = from_arrays(images_of(4), np.array([0, 1, 3, 2]), name="beyond")
+    assert_input_error(lambda: mixture(main, beyond, 0.5), "beyond", "labels reach 3", "3 classes", "[0, 3)")
     for fraction in (0.0, 1.0, -1.0, 1.5):
         assert_input_error(lambda: mixture(main, main, fraction), "extra_fraction", str(fraction))
     assert_input_error(lambda: mixture(main, main, 0.01).indices(0, 0, 8), "extra_fraction=0.01", "8 images", "larger batch")
@@ -225,6 +227,8 @@ def with_value(value):
         (images_of(4), LABELS.astype(np.float32), None, ["float32", "astype"]),
         (images_of(4), LABELS - 1, None, ["-1", "[0, 2)"]),
         (images_of(4), LABELS, 2, ["[0, 2)"]),
+        (images_of(4), LABELS + 2**32, None, ["labels reach", "without gaps"]),
+        (images_of(4), LABELS * 100_000_000, None, ["labels reach 200000000"]),
         (images_of(4), LABELS, 0, ["classes=0"]),
     ],
 )

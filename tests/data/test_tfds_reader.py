@@ -138,13 +138,47 @@ DAMAGES = {
 @pytest.mark.parametrize("damage, name", [
     (damage, f"train_{part}.npy") for damage in DAMAGES for part in ("images", "labels")
     if (damage, part) != ("another order", "labels")])
-def test_damaged_arrays_are_never_served(path, decoded, damage, name):
+def test_arrays_that_are_cut_or_have_another_form_are_made_anew(path, decoded, damage, name):
     assert_read(path)
     file = path / "arrays" / name
     content = file.read_bytes()
     DAMAGES[damage](file)
     assert_read(path)
     assert decoded == ["train", "train"] and file.read_bytes() == content
+
+
+def with_sums(path):
+    sums = {file.name: tfds_reader.files.sha256(file) for file in path.glob("*array_record*")}
+    (path / "checksums.json").write_text(json.dumps(sums))
+
+
+def test_a_copy_with_other_times_decodes_nothing_where_there_are_checksums(path, decoded, tmp_path):
+    with_sums(path)
+    assert_read(path)
+    copy = tmp_path / "copy" / "mine" / "1.0.0"
+    shutil.copytree(path, copy, copy_function=shutil.copyfile)
+    for place in (path, copy):
+        for file in place.glob("*array_record*"):
+            os.utime(file, ns=(0, 1))
+        assert isinstance(assert_read(place), np.memmap)
+    assert decoded == ["train"]
+
+
+@pytest.mark.parametrize("content", ["{", "[3]", "3"])
+def test_checksums_that_cannot_be_read_are_one_line(path, content):
+    (path / "checksums.json").write_text(content)
+    assert_input_error(lambda: read(path), str(path), "delete this directory")
+
+
+def test_a_file_system_without_maps_keeps_the_arrays_all_the_same(path, decoded, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    for _ in range(2):
+        images = assert_read(path)
+        assert not isinstance(images, np.memmap) and not images.flags.writeable
+    assert decoded == ["train"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"fingerprint": 3}'])
@@ -155,10 +189,14 @@ def test_a_damaged_mark_is_none(path, decoded, content):
     assert decoded == ["train", "train"]
 
 
-def test_where_nothing_can_be_written_the_arrays_stay_in_memory(path):
+def test_where_nothing_can_be_written_the_arrays_stay_in_memory_and_it_says_so_once(path, capsys):
     (path / "arrays").write_text("in the way")
-    images = assert_read(path)
-    assert not isinstance(images, np.memmap) and (path / "arrays").read_text() == "in the way"
+    for split in ("train", "train", "test"):
+        assert not isinstance(assert_read(path, split), np.memmap)
+    assert (path / "arrays").read_text() == "in the way"
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert f"{path}/arrays" in said.err and "File exists" in said.err and "every start" in said.err
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "os.replace", "array_cache._write_header"])
@@ -205,8 +243,7 @@ def test_what_a_killed_process_left_is_removed(path):
 
 def test_records_that_are_not_those_of_their_checksums_are_refused(path):
     (shard,) = path.glob("mine-train*")
-    sums = {file.name: tfds_reader.files.sha256(file) for file in path.glob("*array_record*")}
-    (path / "checksums.json").write_text(json.dumps(sums))
+    with_sums(path)
     assert_read(path)
     shutil.rmtree(path / "arrays")
     content = bytearray(shard.read_bytes())
@@ -359,7 +396,13 @@ def test_the_command_names_no_directory_where_it_is_the_usual_one(monkeypatch, t
 
 def test_the_fingerprint_is_that_of_the_split(path):
     shards = sorted(path.glob("mine-*"))
-    before = {shard.name: array_cache.fingerprint(path, [shard]) for shard in shards}
+    sums = {shard.name: tfds_reader.files.sha256(shard) for shard in shards}
+    before = {shard.name: array_cache.fingerprint(path, [shard], {}) for shard in shards}
+    summed = {shard.name: array_cache.fingerprint(path, [shard], sums) for shard in shards}
     os.utime(shards[0], ns=(0, 1))
-    assert array_cache.fingerprint(path, [shards[0]]) != before[shards[0].name]
-    assert array_cache.fingerprint(path, [shards[1]]) == before[shards[1].name]
+    first, second = ({shard.name: array_cache.fingerprint(path, [shard], each) for shard in shards} for each in ({}, sums))
+    assert first[shards[0].name] != before[shards[0].name] and first[shards[1].name] == before[shards[1].name]
+    assert second == summed
+    assert array_cache.fingerprint(path, [shards[0]], {shards[0].name: "another"}) != summed[shards[0].name]
+    _cut(shards[0])
+    assert array_cache.fingerprint(path, [shards[0]], sums) != summed[shards[0].name]

@@ -1,5 +1,6 @@
 """Other data than a run's own: their records are right, cost nothing of what stands in evaluation.json, and nothing twice."""
 
+import concurrent.futures
 import contextlib
 import io
 import json
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from jaxrd import attacks, models
 from jaxrd.evaluation import evaluate as evaluation
 from jaxrd.evaluation import other_data, robustness
+from jaxrd.evaluation import record as records
 from jaxrd.training import checkpoint
 from tests.launch.commands import check_one_line, run_all
 from tests.support import assert_input_error
@@ -69,7 +71,7 @@ def prepared(images, tmp_path_factory):
         prepare(root, "cifar10_corrupted", worse, labels, config=config)
     prepare(root, "svhn_cropped", pixels, labels, classes=12)
     prepare(root, "mnist", np.repeat(pixels, 2, axis=1), labels)
-    prepare(root, "emnist", pixels, labels, split="train")
+    prepare(root, "kmnist", pixels, labels, split="train")
     return root
 
 
@@ -310,7 +312,7 @@ MISTAKES = {
     "pattern": ({"data": "cifar10_corrupted/snow_*"}, ["--data", "cifar10_corrupted/snow_*"]),
     "shape": ({"data": "mnist"}, ["mnist/test", "(16, 8, 1)", "(8, 8, 1)"]),
     "classes": ({"data": "svhn_cropped"}, ["svhn_cropped", "12 classes", "10"]),
-    "no test split": ({"data": "emnist"}, ["emnist", "test", "train"]),
+    "no test split": ({"data": "kmnist"}, ["kmnist", "test", "train"]),
     "nothing": ({"data": " , "}, ["data is ' , '", "cifar10_1"]),
     "missing": ({"data": "FILES/gone.npz"}, ["gone.npz", "no such file"]),
     "damaged": ({"data": "FILES/damaged.npz"}, ["damaged.npz", "cannot be read"]),
@@ -397,3 +399,13 @@ def test_the_command_line(workdir, file, prepared):
         "new.npz", *(f"cifar10_corrupted/{name}" for name in ("brightness_1", "fog_1", "fog_5")),
         "cifar10_corrupted, mean of 3 of 95"]
     assert "Other data" in (workdir / "report.html").read_text() and not (workdir / "evaluation" / "gallery.npz").exists()
+
+
+def test_of_many_that_write_at_once_every_record_is_kept(tmp_path):
+    path, names = tmp_path / "evaluation.json", [f"set {place}" for place in range(24)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        own = pool.submit(records.write, path, {"run": "own"})
+        list(pool.map(lambda name: records.write(path, {"run": name}, name), names))
+    own.result()
+    assert records.read(path) == {"run": "own", "other_data": {name: {"run": name} for name in names}}
+    assert list(tmp_path.iterdir()) == [path]

@@ -51,7 +51,7 @@ MISTAKES = {
     "prepare --dataset=cifar10 --npz=a.npz,b.npz": ["--dataset and --npz", "exactly one"],
     "prepare cifar10": ["cifar10", "--"],
     "prepare --npz=FILES/train.npz,FILES/test.npz": ["--name is missing"],
-    NPZ + "FILES/train.npz": ["two files", "three"],
+    NPZ + "FILES/train.npz,b.npz,c.npz,d.npz": ["two files", "three", "or one"],
     NPZ + "FILES/train.npz,,FILES/test.npz": ["must end in .npz"],
     NPZ + "FILES/train.txt,FILES/test.npz": ["train.txt", "must end in .npz"],
     NPZ + "FILES/none.npz,FILES/test.npz": ["none.npz", "no such file"],
@@ -109,11 +109,14 @@ def test_npz_files_and_folders_become_data_sets(files, tmp_path):
     two = f"{files}/generated_train.npz,{files}/generated_test.npz"
     lines = [line("three", f"--npz={three}"), line("two", f"--npz={two}"), line("photos", f"--folder={files}/photos"),
              line("small", f"--folder={files}/photos --image_size=5"),
-             f"prepare --dataset=jaxrd_digits --data_dir={tmp_path}/data"]
+             f"prepare --dataset=jaxrd_digits --data_dir={tmp_path}/data", line("one", f"--npz={files}/generated_train.npz")]
     first, second = run_all(lines), run_all(lines)
     for each in lines:
         assert first[each][0] == second[each][0] == 0 and first[each][2] == second[each][2] == "", (first[each], second[each])
         assert "prepared in" in first[each][1] and "prepared already" in second[each][1]
+    assert "--config.data.extra=one" in first[lines[5]][1]
+    assert tfds_reader.find("one", tmp_path / "data").splits == {"train": 12}
+    assert (tfds_reader.find("one", tmp_path / "data").read("train")[0] == IMAGES["train"]).all()
     assert f"--config.data.name=three --config.data.directory={tmp_path}/data" in first[lines[0]][1]
     found = tfds_reader.find("three", tmp_path / "data")
     assert found.splits == {"train": 12, "validation": 6, "test": 6}
@@ -122,11 +125,40 @@ def test_npz_files_and_folders_become_data_sets(files, tmp_path):
     assert (tfds_reader.find("two", tmp_path / "data").read("train")[1] == LABELS["train"]).all()
     assert tfds_reader.find("photos", tmp_path / "data").image_shape == (6, 7, 3)
     assert tfds_reader.find("small", tmp_path / "data").image_shape == (5, 5, 3)
-    assert sorted(os.listdir(tmp_path / "data")) == ["jaxrd_digits", "photos", "small", "three", "two"]
+    assert sorted(os.listdir(tmp_path / "data")) == ["jaxrd_digits", "one", "photos", "small", "three", "two"]
     # The line that it prints is one that launch.train takes.
     data = f"--config.data.name=two --config.data.directory={tmp_path}/data"
-    trained = run_all([f"train --config=configs/digits.py:pgd_at {data} --print_config"])
+    extra = f"{data} --config.data.extra=one"
+    trained = run_all([f"train --config=configs/digits.py:pgd_at {each} --print_config" for each in (data, extra)])
     assert all(result[0] == 0 for result in trained.values()), trained
+
+
+# Command line -> the function that is to say something.
+PIPES = {
+    "prepare --name=mine --npz=FILES/train.npz --data_dir=FILES/nothing": ("jaxrd.data.preparation", "prepare_arrays"),
+    "prepare --name=mine --folder=FILES/photos --data_dir=FILES/nothing": ("jaxrd.data.preparation", "prepare_folder"),
+    "prepare --dataset=mnist --data_dir=FILES/nothing": ("jaxrd.data.preparation", "prepare_catalogue"),
+    "prepare --dataset=tiny_imagenet --source=FILES --image_size=8": ("jaxrd.data.preparation", "prepare_tiny_imagenet"),
+    "evaluate --workdir=FILES/photos": ("jaxrd.evaluation.evaluate", "evaluate"),
+}
+SAY = """
+import importlib, os, runpy, sys
+module, name, command, *sys.argv[1:] = sys.argv[1:]
+def work(*arguments, **options):
+    say, = filter(callable, [*arguments, *options.values()])
+    say("line")
+    os._exit(3)
+setattr(importlib.import_module(module), name, work)
+runpy.run_module(f"launch.{command}", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("line", PIPES)
+def test_a_line_is_in_a_pipe_as_soon_as_it_is_said(files, line):
+    arguments = [sys.executable, "-c", SAY, *PIPES[line], *line.replace("FILES", str(files)).split()]
+    variables = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(arguments, cwd=ROOT, env=variables, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (3, "line\n"), done.stderr  # what a buffer holds is lost at such an exit
 
 
 def test_interrupted_it_is_one_line_and_leaves_nothing(files, tmp_path):

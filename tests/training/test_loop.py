@@ -138,6 +138,8 @@ def test_the_console_says_how_it_goes(tiny_config, tmp_path, capsys):
     train(tiny_config(), tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r"run: pgd_at, resnet6_w4, seed 0, 6 steps on 1 cpu device\(s\)$", lines[0])
+    assert re.fullmatch(
+        r"trains on 160 images of \S+train.npz,\S+test.npz; the best checkpoint is chosen on 40 held-out images", lines[1])
     number = r"\d+\.\d{4}"
     progress = [line for line in lines if re.match(
         rf"step [1-6]/6  loss {number} \(cross_entropy \d+\.\d+\)  adversarial \d+\.\d%.*  "

@@ -32,18 +32,19 @@ def test_selection_last_trains_on_all_images_and_validates_on_none(tiny_config, 
         lambda: models.restore(tmp_path / "run", step="best"), "none is the best", "config.data.selection", "2, 4")
 
 
-def test_selection_test_trains_on_all_images_and_validates_on_the_test_images(tiny_config, tmp_path):
+def test_selection_test_trains_on_all_images_and_validates_on_the_test_images(tiny_config, tmp_path, capsys):
     config = tiny_config(data={"selection": "test"}, training={"steps": 2})
     dataset, source = loop.open_data(config)
     assert len(source) == 200 and dataset.validation is dataset.test and len(dataset.test) == 40
     loop.train(config, tmp_path / "run", **ONE)
+    assert "chosen on 40 TEST images: its accuracy on them will be optimistic" in capsys.readouterr().out
     (entry,) = entries(tmp_path / "run", "validation/clean_accuracy")
     assert entry["validation/clean_accuracy"] * 40 == pytest.approx(round(entry["validation/clean_accuracy"] * 40))
     models.restore(tmp_path / "run", step="best")
 
 
 def test_a_run_with_further_images_ends_its_epochs_with_its_own_and_goes_on_like_an_uninterrupted_one(
-        tiny_config, tiny_arrays, tmp_path):
+        tiny_config, tiny_arrays, tmp_path, capsys):
     extra = tmp_path / "generated.npz"
     with np.load(tiny_arrays.split(",")[0]) as file:
         np.savez(extra, image=255 - file["images"][:50], label=file["labels"][:50])
@@ -54,6 +55,7 @@ def test_a_run_with_further_images_ends_its_epochs_with_its_own_and_goes_on_like
     share = source.labels[source.indices(config.seed, 0, 16)]
     assert len(share) == 16 and (source.indices(config.seed, 0, 16) >= 160).sum() == 4
     whole = loop.train(config, tmp_path / "whole", **ONE)
+    assert f"trains on 160 images of {tiny_arrays} and 50 of {extra}, 25% of each batch; the best" in capsys.readouterr().out
     # Killed after the checkpoint of step 2: what came later is not there.
     part = tmp_path / "part"
     loop.train(config, part, **ONE)
@@ -136,7 +138,7 @@ def test_a_run_is_not_resumed_on_other_images(tiny_config, tiny_arrays, tmp_path
     loop.train(config, tmp_path / "run", **ONE)
     loop.train(config, tmp_path / "run", **ONE)
     np.savez(own, images=255 - images, labels=labels)
-    assert_input_error(lambda: loop.train(config, tmp_path / "run", **ONE), str(own), "other training images", "--workdir")
+    assert_input_error(lambda: loop.train(config, tmp_path / "run", **ONE), str(own), "other images", "--workdir")
     np.savez(own, images=images, labels=labels)
     loop.train(config, tmp_path / "run", **ONE)
 
@@ -157,3 +159,34 @@ def test_a_cutout_larger_than_the_images_is_refused_before_anything_is_written(t
     config = tiny_config(data={"cutout": 9})
     assert_input_error(lambda: loop.train(config, tmp_path / "run", **ONE), "config.data", "cutout is 9", "at most 8")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_path_method_takes_its_negatives_of_a_mixture_too(tiny_config, tiny_arrays, tiny_teacher, tmp_path):
+    config = tiny_config(
+        method={"name": "path", "path_points": 1}, teacher=str(tiny_teacher), training={"steps": 1},
+        data={"extra": tiny_arrays.split(",")[0], "extra_fraction": 0.5})
+    assert int(loop.train(config, tmp_path / "run", **ONE).step) == 1
+
+
+def test_an_earlier_checkpoint_is_evaluated_on_data_that_have_moved(tiny_config, tiny_arrays, tmp_path):
+    from jaxrd.data import preparation
+    from jaxrd.evaluation.evaluate import evaluate
+
+    splits = {}
+    for split, path in zip(("train", "test"), tiny_arrays.split(",")):
+        with np.load(path) as file:
+            splits[split] = file["images"], file["labels"]
+    preparation.prepare_arrays("mine", splits, tmp_path / "here", say=lambda line: None)
+
+    def config(place, steps):
+        return tiny_config(data={"arrays": "", "name": "mine", "directory": str(tmp_path / place)},
+                           training={"steps": steps, "checkpoint_every": 2})
+
+    stop = config("here", 4)
+    loop.train(stop, tmp_path / "run", **ONE)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    (tmp_path / "here").rename(tmp_path / "there")
+    loop.train(config("there", 4), tmp_path / "run", **ONE)
+    for step in (2, 4):
+        record = evaluate(tmp_path / "run", "clean", step=step, curve="none", say=lambda line: None, **ONE)
+        assert record["data"]["examples"] == 40
