@@ -158,6 +158,7 @@ def test_a_changed_byte_is_noticed_or_harmless(copy, prepared):
     content, noticed = file.read_bytes(), 0
     for position in np.random.default_rng(0).integers(0, len(content), 20):
         file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        shutil.rmtree(path / "arrays", ignore_errors=True)  # what is decoded already is not decoded again
         try:
             assert same(open_dataset("jaxrd_digits", directory=directory), intact)
         except InputError as error:

@@ -38,7 +38,7 @@ def test_input_gradients_against_finite_differences():
 
 def test_input_gradients_need_images_and_labels():
     with pytest.raises(AssertionError):
-        alignment.input_gradients(logits_fn, jnp.asarray(IMAGES), jnp.zeros([BATCH, CLASSES]))
+        alignment.input_gradients(logits_fn, jnp.asarray(IMAGES), jnp.zeros([BATCH, CLASSES, 1]))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12])
