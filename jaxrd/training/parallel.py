@@ -1,7 +1,9 @@
 """Devices: one mesh with the single axis "data", and how arrays lie on it."""
 
+import ctypes
 import os
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -59,3 +61,21 @@ def enable_compilation_cache() -> None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxrd" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt, in <malloc.h>
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep memory that batches and activations have freed, for the next ones.
+
+    glibc gives blocks of their size back to the system and asks for them again in every step, which costs a page fault for
+    each 4 KiB: on CPU a third of the time that input takes. A process still takes no more than it had at its peak. The
+    user's own MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ stand; elsewhere than on glibc this does nothing.
+    """
+    if not sys.platform.startswith("linux") or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
+        mallopt(_TRIM_THRESHOLD, 1 << 30)
