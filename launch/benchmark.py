@@ -39,7 +39,7 @@ _INPUT = flags.DEFINE_string(
 def main() -> None:
     config = command.config()
     from jaxrd.training import parallel
-    parallel.keep_freed_memory()  # as training does
+    parallel.prepare_process()  # as training does
     if _METHODS.value:
         compare(config, [name.strip() for name in _METHODS.value])
     elif _ATTACKS.value:

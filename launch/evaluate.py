@@ -50,7 +50,7 @@ def main() -> None:
     from jaxrd.evaluation import evaluate, report
     from jaxrd.training import parallel
     parallel.enable_compilation_cache()
-    parallel.keep_freed_memory()
+    parallel.prepare_process()
     step = int(_STEP.value) if _STEP.value.isdecimal() else _STEP.value
     for workdir in _WORKDIR.value:
         evaluate.evaluate(

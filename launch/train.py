@@ -19,7 +19,7 @@ def main() -> None:
         raise InputError("--workdir is missing; give the run's directory, such as --workdir=runs/a")
     from jaxrd.training import loop, parallel
     parallel.enable_compilation_cache()
-    parallel.keep_freed_memory()
+    parallel.prepare_process()
     loop.train(config, _WORKDIR.value)
 
 

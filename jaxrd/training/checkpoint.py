@@ -8,22 +8,36 @@ best one by validation PGD accuracy.
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable
+import shutil
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxrd import models
-from jaxrd.errors import InputError
+from jaxrd.errors import InputError, one_line
 from jaxrd.files import signals_deferred
+from jaxrd.training import processes
 from jaxrd.training.state import TrainState
 
 BEST_METRIC = "validation/pgd_accuracy"
+_METRICS = "metrics/metrics"  # where orbax puts them in a step's directory
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint that cannot be read though it is there: an earlier one may do."""
 
 
 class Checkpoints:
-    """The checkpoints under `workdir/checkpoints`; a context manager that waits for the last save when it closes."""
+    """The checkpoints under `workdir/checkpoints`; a context manager that waits for the last save when it closes.
+
+    Saving is a matter of all processes, which call `save` and `wait` alike. Reading is each one's own: one that finds damage
+    would leave the others waiting inside orbax.
+
+    Attributes:
+      directory: where they lie.
+      set_aside: a line on each damaged checkpoint that opening or `restore_newest` has renamed to "damaged-STEP".
+    """
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int | None = None):
         """Opens them.
@@ -32,37 +46,45 @@ class Checkpoints:
           workdir: the run directory.
           keep: how many of the newest a later `save` leaves, besides the best; None to read only.
         """
-        policies = ocp.training.preservation_policies
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-        preserve = policies.PreserveAll() if keep is None else policies.AnyPreservationPolicy([
-            policies.LatestN(keep),
-            policies.BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False),
-        ])
-        with _damage_explained(self.directory, culprit=_unreadable_metrics):
+        self.set_aside: list[str] = []
+        self._checkpointer = None
+        if keep is None:
+            return
+        policies = ocp.training.preservation_policies
+        self._set_aside(_unreadable_metrics(self.directory))  # orbax reads them all when it opens, and gives up
+        with _damage_explained(self.directory):
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
                 # When to save is the loop's decision, which has just validated.
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=preserve,
-                cleanup_tmp_directories=keep is not None,  # what a killed save left behind; a reader leaves it to the writer
+                preservation_policy=policies.AnyPreservationPolicy([
+                    policies.LatestN(keep),
+                    policies.BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False)]),
+                cleanup_tmp_directories=True,  # what a killed save left behind; a reader leaves it to the writer
             )
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._checkpointer.close()
+        if self._checkpointer:
+            self._checkpointer.close()
 
     @property
     def steps(self) -> list[int]:
         """Steps that can be restored, oldest first."""
-        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        return sorted(int(child.name) for child in self.directory.glob("*") if child.name.isdigit())
 
     @property
     def best_step(self) -> int | None:
         """The step with the highest validation PGD accuracy, the later one on ties; None where nothing is measured."""
-        measured = [(_best_metric(checkpoint.metrics), checkpoint.step) for checkpoint in self._checkpointer.checkpoints
-                    if checkpoint.metrics]
+        measured = []
+        for step in self.steps:
+            path = self.directory / str(step) / _METRICS
+            if path.exists():
+                with _damage_explained(self.directory / str(step)):
+                    measured.append((_best_metric(json.loads(path.read_text())), step))
         return max(measured)[1] if measured else None
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float]) -> None:
@@ -93,6 +115,37 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
         return TrainState(**self._load(step, abstract))
 
+    def restore_newest(self, state: TrainState) -> TrainState:
+        """Returns the newest state that can be read, placed and typed as `state` is, or `state` where there is none.
+
+        A damaged checkpoint is passed over and set aside, so that its step can be saved again: see `set_aside`. In several
+        processes, which must all call this, one is passed over that any of them cannot read.
+
+        Args:
+          state: see `restore`.
+
+        Raises:
+          InputError: all are damaged, or the newest that is not holds other leaves, shapes or dtypes than `state`.
+        """
+        damaged, restored = {}, state
+        for step in reversed(self.steps):
+            error = None
+            try:
+                restored = self.restore(step, state)
+            except InputError as caught:
+                error = caught
+            if not processes.any_of(isinstance(error, DamagedCheckpoint)):
+                with processes.together():
+                    if error:
+                        raise error
+                break
+            found = processes.gather_text(str(error) if isinstance(error, DamagedCheckpoint) else "")
+            damaged[step] = next(filter(None, found))
+        if damaged and len(damaged) == len(self.steps):
+            raise processes.refusal(next(iter(damaged.values())))
+        self._set_aside(damaged)
+        return restored
+
     def restore_variables(self, step: int) -> tuple[models.Model, dict, dict[str, Any]]:
         """Returns (model, variables, origin) of `step`: see `restore_model`."""
         found = self._metadata(step)
@@ -106,7 +159,7 @@ class Checkpoints:
         source = tree["average"] if averaged else tree
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         _compare({name: source.get(name) for name in shapes}, shapes, self.directory / str(step))
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
         restored = self._load(step, {"average": abstract} if averaged else abstract, partial=True)
         variables = restored["average"] if averaged else restored
@@ -116,18 +169,31 @@ class Checkpoints:
             "weights": "average" if averaged else "newest", "imported": custom.get("imported"),
             "counters": custom.get("counters", {})}
 
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Renames steps, given with what is wrong with each; all processes call it with the same ones."""
+        for step, reason in damaged.items():
+            aside = self.directory / f"damaged-{step}"
+            if processes.is_main():
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+            self.set_aside.append(f"{reason.partition(';')[0]}; it is now {aside.name}, and an earlier one is taken")
+        if damaged:
+            processes.barrier("damaged checkpoints are set aside")
+            if self._checkpointer:
+                self._checkpointer.reload()
+
     def _metadata(self, step: int):
-        with _damage_explained(self.directory / str(step)):
-            found = self._checkpointer.metadata(step)
+        with _damage_explained(self.directory / str(step)), _alone():
+            found = ocp.metadata(self.directory / str(step), checkpointable_name="state")
             if found.metadata is None:  # orbax has logged why, and goes on
                 raise ValueError("its arrays cannot be read")
             return found
 
     def _load(self, step: int, abstract: dict, partial: bool = False) -> dict:
-        context = ocp.Context()
+        context = _alone()
         context.pytree.loading.partial_load = partial
         with _damage_explained(self.directory / str(step)), context:
-            return self._checkpointer.load(step, abstract)
+            return ocp.load_checkpointables(self.directory / str(step), {"state": abstract})["state"]
 
 
 def save_variables(workdir: str | pathlib.Path, variables: dict[str, Any], metadata: dict[str, Any]) -> None:
@@ -164,7 +230,7 @@ def restore_model(workdir: str | pathlib.Path, step: int | str = "last") -> tupl
     """
     with _reader(workdir) as checkpoints:
         steps = checkpoints.steps
-        chosen = {"last": max(steps, default=None), "best": checkpoints.best_step}.get(step, step)
+        chosen = checkpoints.best_step if step == "best" else max(steps) if step == "last" else step
         if chosen is None:
             raise InputError(
                 f"{workdir}: none of its checkpoints was validated, so none is the best (config.data.selection decides); "
@@ -187,9 +253,14 @@ def steps_of(workdir: str | pathlib.Path) -> list[int]:
 
 
 def newest_metadata(workdir: str | pathlib.Path) -> dict[str, Any]:
-    """Returns the metadata that the newest checkpoint of a run directory was saved with."""
-    with _reader(workdir) as checkpoints:
-        return checkpoints._metadata(checkpoints.steps[-1]).custom_metadata or {}
+    """Returns the metadata that the newest checkpoint of a run directory was saved with: the newest that can be read."""
+    checkpoints, first = _reader(workdir), None
+    for step in reversed(checkpoints.steps):
+        try:
+            return checkpoints._metadata(step).custom_metadata or {}
+        except DamagedCheckpoint as error:
+            first = first or error
+    raise first
 
 
 def file_of(metadata: dict[str, Any]) -> str | None:
@@ -208,6 +279,14 @@ def _reader(workdir: str | pathlib.Path) -> Checkpoints:
     if not has_checkpoints(directory):
         raise InputError(f"{workdir}: no finished checkpoint in it; train that run first")
     return Checkpoints(directory)
+
+
+def _alone() -> ocp.Context:
+    """Returns a context in which orbax reads for this process and waits for no other."""
+    context, me = ocp.Context(), jax.process_index()
+    options = context.multiprocessing
+    options.primary_host, options.active_processes, options.barrier_sync_key_prefix = me, {me}, f"reader-{me}"
+    return context
 
 
 def _best_metric(metrics: dict[str, float]) -> float:
@@ -242,8 +321,8 @@ def _compare(found: Any, wanted: Any, where: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _damage_explained(where: pathlib.Path, culprit: Callable[[pathlib.Path], pathlib.Path] = lambda where: where):
-    """Turns whatever orbax raises on a file that is cut short or missing into one line about `culprit(where)`."""
+def _damage_explained(where: pathlib.Path):
+    """Turns whatever orbax raises on a file that is cut short or missing into one line about `where`."""
     try:
         yield
     except Exception as error:
@@ -256,16 +335,19 @@ def _damage_explained(where: pathlib.Path, culprit: Callable[[pathlib.Path], pat
         if isinstance(cause, MemoryError | PermissionError) or any(
                 word in reason for word in ("RESOURCE_EXHAUSTED", "Out of memory", "PERMISSION_DENIED", "Permission denied")):
             raise
-        raise InputError(
-            f"{culprit(where)}: this checkpoint is damaged ({type(cause).__name__}: {reason}); "
+        raise DamagedCheckpoint(
+            f"{where}: this checkpoint is damaged ({type(cause).__name__}: {reason}); "
             "delete its directory to fall back on an earlier one, or train again") from None
 
 
-def _unreadable_metrics(directory: pathlib.Path) -> pathlib.Path:
-    """Returns the step whose metrics cannot be read: orbax reads them all when it opens, without saying which one failed."""
-    for path in sorted(directory.glob("*/metrics/metrics")):
+def _unreadable_metrics(directory: pathlib.Path) -> dict[int, str]:
+    """Returns the steps whose validation metrics cannot be read, with what is wrong with each."""
+    found = {}
+    for path in sorted(directory.glob(f"*/{_METRICS}")):
+        step = path.parents[1]
         try:
             json.loads(path.read_text())
-        except (OSError, ValueError):
-            return path.parents[1]
-    return directory
+        except (OSError, ValueError) as error:
+            if step.name.isdigit():
+                found[int(step.name)] = f"{step}: this checkpoint is damaged ({one_line(error)})"
+    return found

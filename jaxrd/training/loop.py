@@ -12,7 +12,6 @@ import pathlib
 import platform
 import signal
 import subprocess
-import threading
 import time
 from typing import Any
 
@@ -26,11 +25,12 @@ from jaxrd.data.opening import DataSet
 from jaxrd.distillation import InnerMaximisation
 from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
-from jaxrd.training import checkpoint, parallel, schedule, state as states
+from jaxrd.training import checkpoint, parallel, processes, schedule, state as states
 from jaxrd.training.checks import check_batch, check_claim, check_teacher, check_teacher_gradient, claim
 from jaxrd.training.feeding import Feeder
 from jaxrd.training.log import Log, write_json
 from jaxrd.training.step import Recipe, make_train_step
+from jaxrd.training.stopping import StopSignal
 
 VALIDATION_ATTACK = "pgd10"
 PROBE = 128  # validation images whose input gradients are compared with the teacher's
@@ -51,35 +51,37 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
       KeyboardInterrupt: Ctrl-C came; the state was saved.
     """
     workdir = pathlib.Path(workdir)
-    parallel.check_one_process()
     mesh = parallel.data_mesh(devices)
     parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh)
 
     # Resume order:
-    # 1. The run directory belongs to this configuration, or to nobody.
-    check_claim(workdir, config)
-    # 2. What the configuration names: data, teacher (as it was when the run began), student, and the step compiled for them.
-    dataset, train_source = open_data(config)
-    teacher_step, teacher_file = _teacher_of(config, workdir)
-    images = _images_of(dataset, train_source, config, workdir)
-    recipe, teacher_variables = build_recipe(config, dataset, train_source.epoch, mesh, teacher_step=teacher_step)
-    with _naming("config.data"):
-        recipe.augmentation.check_image(train_source.image_shape)
-        if recipe.method.negatives:
-            train_source.negatives(config.seed, 0, config.training.batch_size)  # refuses data of one class
-    train_step = make_train_step(recipe, mesh)
+    with processes.together():  # what one process refuses ends all
+        # 1. The run directory belongs to this configuration, or to nobody.
+        check_claim(workdir, config)
+        # 2. What the configuration names: data, teacher (as it was when the run began), student, the step compiled for them.
+        dataset, train_source = open_data(config)
+        teacher_step, teacher_file = _teacher_of(config, workdir)
+        images = _images_of(dataset, train_source, config, workdir)
+        recipe, teacher_variables = build_recipe(config, dataset, train_source.epoch, mesh, teacher_step=teacher_step)
+        with _naming("config.data"):
+            recipe.augmentation.check_image(train_source.image_shape)
+            if recipe.method.negatives:
+                train_source.negatives(config.seed, 0, config.training.batch_size)  # refuses data of one class
+        train_step = make_train_step(recipe, mesh)
     # 3. All of it is there, so the directory is this run's from now on.
-    claim(workdir, config)
+    with processes.together():
+        claim(workdir, config)
     # 4. A fresh state: where a new run begins, and the shape of what a checkpoint must hold.
     state = states.create(
         recipe.student, recipe.optimizer, jax.random.key(config.seed), weight_average=recipe.weight_average > 0)
-    state = jax.device_put(state, parallel.replicated(mesh))
+    state = parallel.replicate(state, mesh)
     with checkpoint.Checkpoints(workdir, keep=config.training.keep) as checkpoints:
         # 5. The newest checkpoint, where there is one, in place of the fresh state.
-        if checkpoints.steps:
-            state = checkpoints.restore(checkpoints.steps[-1], state)
+        state = checkpoints.restore_newest(state)
         # 6. The log, cut back to that step.
         log = Log(workdir, config, recipe.steps, resumed_at=int(state.step), devices=mesh.size)
+        for line in checkpoints.set_aside:
+            log.say(f"warning: {line}")
         # 7. The remaining steps.
         metadata = {"config": config.to_dict(), "model": dict(recipe.student.specification), "teacher_step": teacher_step,
                     "teacher_file": teacher_file, "images": images, "jaxrd": jaxrd.__version__}
@@ -98,13 +100,13 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
     if step >= steps:
         log.say(f"{log.workdir} is finished: step {step} of {steps}")
         return state
-    if jax.process_index() == 0:
+    if processes.is_main():
         write_json(log.workdir / "environment.json", environment())
     log.say(_what_it_sees(config, dataset, train_source))
     feeder = Feeder(
         train_source, mesh, seed=config.seed, batch_size=batch_size, first=step, last=steps,
         partners=recipe.augmentation.mixes, negatives=recipe.method.negatives, resident=config.data.resident)
-    stop = _StopSignal()
+    stop = StopSignal()
     with stop, feeder:
         for batch in feeder:
             if recipe.method.attack.two_classes:
@@ -125,7 +127,7 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
                 jax.block_until_ready(pending[-3])
             log.advance(step)
             # Read once, so that a signal between two of the lines below cannot stop a run that was not saved.
-            stopping = stop.requested
+            stopping = stop.after(step)
             last, due = step == steps, step % checkpoint_every == 0
             if step % config.training.log_every == 0 or due or last or stopping:
                 train_metrics = _mean_metrics(pending, step, config, checkpoints)
@@ -206,7 +208,7 @@ def build_recipe(
         check_teacher(config.teacher, teacher, student)
         if method.needs_teacher_gradient:
             check_teacher_gradient(config.teacher, teacher, variables, dataset.train.images[:16], method)
-        variables = jax.device_put(variables, parallel.replicated(mesh))
+        variables = parallel.replicate(variables, mesh)
     steps = config.steps(train_examples)
     return Recipe(
         method=method, student=student, teacher=teacher if method.needs_teacher else None,
@@ -334,33 +336,6 @@ def _mean_metrics(pending: list[dict], step: int, config: Config, checkpoints) -
 def _diverged(what: str, config: Config, checkpoints) -> InputError:
     checkpoints.wait()
     saved = f"step {checkpoints.steps[-1]} is saved" if checkpoints.steps else "nothing is saved yet"
-    return InputError(
+    return processes.refusal(
         f"{what}; {saved}; lower config.optimizer.learning_rate (now {config.optimizer.learning_rate}) or the weights of the "
         "method's terms")
-
-
-class _StopSignal:
-    """Turns SIGTERM, SIGUSR1 (a scheduler's warning) and Ctrl-C into a request that the loop honours after the step at hand.
-
-    A KeyboardInterrupt in the middle of a save can leave orbax waiting for itself; a second Ctrl-C raises it all the same.
-    """
-
-    def __init__(self):
-        self.requested: str | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self):
-        # Signals reach the main thread only; a run in another thread of a notebook does without.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _request(self, number, _):
-        if number == signal.SIGINT and self.requested:
-            raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name

@@ -4,8 +4,10 @@ import ctypes
 import os
 import pathlib
 import sys
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -41,18 +43,33 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
             f"use a multiple of {mesh.size}, such as " + (f"{below} or " if below else "") + f"{below + mesh.size}")
 
 
-def check_one_process() -> None:
-    """Raises InputError where JAX runs as several processes, which data loading and evaluation do not know yet."""
-    if jax.process_count() > 1:
-        raise InputError(
-            f"{jax.process_count()} processes: jaxrd runs in one process with any number of local devices so far; "
-            "start one process per run")
-
-
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns a global batch, whole on the host, split over "data": each process puts the rows of its own devices there."""
     return {name: jax.make_array_from_callback(value.shape, sharded(mesh), lambda part, value=value: value[part])
             for name, value in batch.items()}
+
+
+def replicate(tree: Any, mesh: Mesh, shardings: Any = None) -> Any:
+    """Returns a tree of host values or arrays of this process on the devices of the mesh, without asking other processes.
+
+    Args:
+      tree: the same in every process, which is not checked: `jax.device_put` would, by a collective, for which a process that
+        has refused its input would not be there.
+      mesh: the devices.
+      shardings: a tree of shardings; None for a copy on every device.
+    """
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: replicated(mesh), tree)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(leaf, sharding):
+        if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda part: leaf[part])
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def enable_compilation_cache() -> None:
@@ -66,13 +83,18 @@ def enable_compilation_cache() -> None:
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt, in <malloc.h>
 
 
-def keep_freed_memory() -> None:
-    """Has the C library keep memory that batches and activations have freed, for the next ones.
+def prepare_process() -> None:
+    """Sets what a process needs to be fed at full speed; for command lines, as the settings are the whole process's.
 
-    glibc gives blocks of their size back to the system and asks for them again in every step, which costs a page fault for
-    each 4 KiB: on CPU a third of the time that input takes. A process still takes no more than it had at its peak. The
-    user's own MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ stand; elsewhere than on glibc this does nothing.
+    The C library keeps memory that batches and activations have freed, for the next ones. glibc gives blocks of their size
+    back to the system and asks for them again in every step, which costs a page fault for each 4 KiB: on CPU a third of the
+    time that input takes. A process still holds no more than at its peak. The user's own MALLOC_MMAP_THRESHOLD_ and
+    MALLOC_TRIM_THRESHOLD_ stand; elsewhere than on glibc nothing is set.
+
+    And the thread that feeds and the loop that it feeds wait 0.1 ms for each other at most, not Python's 5 ms, in which a
+    small batch would be augmented ten times.
     """
+    sys.setswitchinterval(1e-4)
     if not sys.platform.startswith("linux") or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

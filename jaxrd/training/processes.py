@@ -41,12 +41,22 @@ def gather(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(np.asarray(values)))
 
 
+def any_of(flag: bool) -> bool:
+    """Returns whether the flag of any process is set."""
+    return bool(np.any(gather(np.asarray(flag))))
+
+
 def gather_text(text: str) -> list[str]:
     """Returns the texts of all processes, in their order, each cut to 1,000 bytes."""
     encoded = np.zeros(_LONGEST, np.uint8)
     raw = text.encode()[:_LONGEST]
     encoded[:len(raw)] = np.frombuffer(raw, np.uint8)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in gather(encoded)]
+
+
+def refusal(message: str) -> InputError:
+    """Returns the exception for what all processes have found alike, such as a loss that is not finite."""
+    return InputError(message) if jax.process_count() == 1 else SharedInputError(message)
 
 
 @contextlib.contextmanager

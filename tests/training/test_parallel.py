@@ -9,7 +9,6 @@ from jax.sharding import AxisType
 
 from jaxrd.errors import InputError
 from jaxrd.training import parallel
-from tests.support import assert_input_error
 
 
 def test_a_batch_is_split_over_the_devices_in_order():
@@ -50,8 +49,3 @@ def test_the_compilation_cache_has_a_home_and_gives_way_to_the_users(monkeypatch
         assert getattr(jax.config, name) == str(tmp_path / "jaxrd" / "xla")
     finally:
         jax.config.update(name, before)
-
-
-def test_several_processes_are_refused_for_now(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert_input_error(parallel.check_one_process, "2 processes", "one process per run")
