@@ -21,14 +21,15 @@ from ml_collections import config_dict
 from jaxrd import distillation, models
 from jaxrd.data.augment import Augmentation
 from jaxrd.distillation.catalogue import MethodConfig, documented, parse_name
-from jaxrd.distillation.composition import check_mixing
+from jaxrd.distillation.composition import check_accumulation, check_mixing
 from jaxrd.errors import InputError
 from jaxrd.threat import ThreatModel
 
 
 # Fields that say how a run is watched and stored, not what it computes: a resumed run may change them.
 BOOKKEEPING = (
-    "data.directory", "data.resident", "training.log_every", "training.checkpoint_every", "training.keep", "training.writers")
+    "data.directory", "data.resident", "training.log_every", "training.checkpoint_every", "training.keep", "training.shard_state",
+    "training.writers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,9 @@ class TrainingConfig:
     steps: int | None = documented(None, "length of training in steps; None: as `epochs` says")
     epochs: float | None = documented(200.0, "length of training in epochs, where `steps` is None")
     batch_size: int = documented(128, "images per step, over all devices")
+    accumulation: int = documented(1, "micro-batches that a batch is worked through in, for less memory, to the same update; "
+                                      "BatchNorm's statistics are a micro-batch's")
+    shard_state: bool = documented(False, "optimiser's state and weight average split over the devices, not a copy on each")
     weight_average: float = documented(0.0, "decay of an exponential moving average of the weights; 0: none")
     log_every: int = documented(50, "steps between two lines of the log")
     checkpoint_every: int | None = documented(None, "steps between two validations and checkpoints; None: 10 per run")
@@ -381,6 +385,7 @@ def _check(config: Config) -> None:
     need(training.steps is None or training.steps > 0, "training.steps", "above 0")
     need(training.steps is not None or (training.epochs or 0) > 0, "training.epochs", "above 0 where training.steps is None")
     need(training.batch_size > 0, "training.batch_size", "above 0")
+    need(training.accumulation > 0, "training.accumulation", "above 0; 1 for no micro-batches")
     need(0 <= training.weight_average < 1, "training.weight_average", "a decay in [0, 1)")
     need(training.log_every > 0, "training.log_every", "above 0")
     need(training.checkpoint_every is None or training.checkpoint_every > 0, "training.checkpoint_every", "above 0 or None")
@@ -401,6 +406,7 @@ def _check(config: Config) -> None:
     except InputError as error:
         raise InputError(f"config.data.{error}") from None
     check_mixing(method, augmentation)
+    check_accumulation(method, training.accumulation)
     try:
         threat.check_step_size(config.attack.step_size)
     except InputError as error:

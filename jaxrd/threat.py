@@ -7,6 +7,8 @@ Attacks", in pixel units of [0, 1].
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +171,24 @@ class ThreatModel:
         return jnp.max(jnp.abs(delta), axis=1) if self.norm == "linf" else jnp.sqrt(jnp.sum(delta**2, axis=1))
 
 
-def example_keys(key: Array, batch: int) -> Array:
+class MicroBatchKey(NamedTuple):
+    """The key of a batch, for a part of it: the examples from position `first` on, so that they draw what they would in the whole.
+
+    Attributes:
+      key: one typed key.
+      first: scalar int, at least 0.
+    """
+
+    key: Array
+    first: Array | int
+
+
+def derived(key: Array | MicroBatchKey, function: Callable[[Array], Array]) -> Array | MicroBatchKey:
+    """Returns function(key), such as a fold, of a key that may be one for a part of a batch, for the same part."""
+    return key._replace(key=function(key.key)) if isinstance(key, MicroBatchKey) else function(key)
+
+
+def example_keys(key: Array | MicroBatchKey, batch: int) -> Array:
     """Returns one typed key per example, [batch].
 
     One key is folded with each position; [batch] keys pass through. Randomness tied to an example, and not to the shape of
@@ -178,6 +197,9 @@ def example_keys(key: Array, batch: int) -> Array:
     Raises:
       InputError: a raw key, an array of uint32; another number of keys.
     """
+    first = 0
+    if isinstance(key, MicroBatchKey):
+        key, first = key
     if not hasattr(key, "dtype"):
         raise InputError(f"key is {key!r}; make a typed one, such as jax.random.key(0)")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -186,7 +208,7 @@ def example_keys(key: Array, batch: int) -> Array:
         raise InputError(f"key is {list(key.shape)} typed keys; give a single one, or one for each of the {batch} images")
     if key.ndim:
         return key
-    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(batch))
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(first + jnp.arange(batch))
 
 
 def _per_example_norm(x: Array) -> Array:

@@ -214,3 +214,11 @@ def check_mixing(method: Method, augmentation: Augmentation) -> None:
         raise InputError(
             f'config.data.mixing "{augmentation.mixing}" gives soft labels, and {method.name} needs one true class per image; '
             "set --config.data.mixing=none, or use pgd_at, trades, ard, akd, rslad or adaad")
+
+
+def check_accumulation(method: Method, accumulation: int) -> None:
+    """Raises InputError where an attack looks for negatives in the batch, and would find them in a micro-batch only."""
+    if accumulation > 1 and method.attack.two_classes:
+        raise InputError(
+            f"config.training.accumulation is {accumulation}, and {method.name} takes negative images from the whole batch; "
+            "set it to 1, or --config.method.path_negatives=data")

@@ -22,7 +22,7 @@ from jaxrd import attacks, objectives
 from jaxrd.attacks.pgd import Objective
 from jaxrd.distillation import adversarial_path
 from jaxrd.errors import InputError, choose, need
-from jaxrd.threat import ThreatModel
+from jaxrd.threat import ThreatModel, derived
 
 Array = jax.Array
 LogitsFn = Callable[[Array], Array]  # images -> logits
@@ -187,7 +187,9 @@ def path_attack(
         views = {f"path/{number}": path[step] for number, step in enumerate(chosen[:-1], 1)}
         views["adversarial"] = path[chosen[-1]]
         if targeted:
-            start_key, target_key = jax.random.split(jax.random.fold_in(key, _TARGETED))
+            start_key, target_key = (
+                derived(key, lambda key, index=index: jax.random.split(jax.random.fold_in(key, _TARGETED))[index])
+                for index in range(2))
             if from_data:
                 start, descend = context.negatives, _descends_to_anchor(context, inner_loss)
             else:
@@ -207,7 +209,7 @@ def with_random_direction(attack: Attack) -> Attack:
     """Returns the attack that also generates "random", a point uniform in the ball (what IGDM may take for x + d)."""
 
     def generate(key, context, inner):
-        start_key = jax.random.fold_in(key, _RANDOM)
+        start_key = derived(key, lambda key: jax.random.fold_in(key, _RANDOM))
         return {**attack.generate(key, context, inner),
                 "random": inner.threat.random_start(start_key, context.images, "uniform")}
 

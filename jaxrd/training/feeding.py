@@ -25,7 +25,8 @@ RESIDENT_SHARE = 0.1  # of a device's memory, which the training images may take
 class Feeder:
     """The batches of a run on its devices, in their order, made ready by a thread while the steps before them run.
 
-    A batch is {"images": uint8 or float32 [batch, h, w, c], "labels": int32 [batch]}, split over "data". With `partners`
+    A batch is {"images": uint8 or float32 [batch, h, w, c], "labels": int32 [batch]}, split over "data"; with `accumulation`
+    its micro-batches, [accumulation, batch / accumulation, ...], each split over "data". With `partners`
     it also has "partners" and "partner_labels" (`Source.partners`), with `negatives` "negatives" and "negative_labels"
     (`Source.negatives`), shaped likewise. A process gathers the rows of its own devices only.
 
@@ -38,7 +39,7 @@ class Feeder:
 
     def __init__(
         self, source: Source, mesh: jax.sharding.Mesh, *, seed: int, batch_size: int, first: int = 0, last: int | None = None,
-        partners: bool = False, negatives: bool = False, resident: bool | None = None,
+        partners: bool = False, negatives: bool = False, resident: bool | None = None, accumulation: int = 1,
     ):
         """Starts with batch `first`.
 
@@ -51,18 +52,20 @@ class Feeder:
           partners, negatives: what else a batch has.
           resident: keep the source on the devices; None where they are accelerators on which it takes at most a tenth of the
             memory (of this process's first one: on unlike machines say which).
+          accumulation: micro-batches that a batch is cut into, in the order of its images.
 
         Raises:
-          InputError: the devices cannot share a batch equally.
+          InputError: devices and micro-batches cannot share a batch equally.
         """
-        parallel.check_batch_size("batch_size", batch_size, mesh)
+        parallel.check_batch_size("batch_size", batch_size, mesh, accumulation)
+        self._accumulation = accumulation
         self._source, self._mesh, self._seed, self._batch_size = source, mesh, seed, batch_size
         self._next, self._last = first, last
         self._draws = {"image": source.indices, **({"partner": source.partners} if partners else {}),
                        **({"negative": source.negatives} if negatives else {})}
         if resident is None:
             resident = fits_on(mesh.local_devices[0], source)
-        self._gather = ResidentGather(source, mesh) if resident else None
+        self._gather = ResidentGather(source, mesh, accumulation) if resident else None
         self.resident = resident
         self.waited = 0.0
         self._pending: collections.deque[concurrent.futures.Future] = collections.deque()
@@ -105,17 +108,21 @@ class Feeder:
     def _make(self, step: int) -> dict[str, Any]:
         """Returns the images and labels of each role, or where the source is resident their positions."""
         make = self._positions if self._gather else self._rows
-        return {role: make(draw(self._seed, step, self._batch_size)) for role, draw in self._draws.items()}
+        return {role: make(self._cut(draw(self._seed, step, self._batch_size))) for role, draw in self._draws.items()}
+
+    def _cut(self, positions: np.ndarray) -> np.ndarray:
+        return positions if self._accumulation == 1 else positions.reshape(self._accumulation, -1)
 
     def _positions(self, positions: np.ndarray) -> Array:
-        return parallel.put_batch({"positions": positions.astype(np.int32)}, self._mesh)["positions"]
+        return parallel.put_batch({"positions": positions.astype(np.int32)}, self._mesh, self._accumulation)["positions"]
 
     def _rows(self, positions: np.ndarray) -> tuple[Array, Array]:
-        source, sharding = self._source, parallel.sharded(self._mesh)
+        source, sharding = self._source, parallel.sharded(self._mesh, self._accumulation)
 
         def placed(rows):
             return jax.make_array_from_callback(
-                (len(positions), *rows.shape[1:]), sharding, lambda part: np.asarray(rows[positions[part[0]]]))
+                (*positions.shape, *rows.shape[1:]), sharding,
+                lambda part: np.asarray(rows[positions[part[:positions.ndim]]]))
 
         return placed(source.images), placed(source.labels)
 
@@ -131,8 +138,8 @@ def fits_on(device: jax.Device, source: Source) -> bool:
 class ResidentGather:
     """A copy of a source on every device, and the gathering of batches there."""
 
-    def __init__(self, source: Source, mesh: jax.sharding.Mesh):
-        everywhere, split = parallel.replicated(mesh), parallel.sharded(mesh)
+    def __init__(self, source: Source, mesh: jax.sharding.Mesh, accumulation: int = 1):
+        everywhere, split = parallel.replicated(mesh), parallel.sharded(mesh, accumulation)
         whole = np.asarray(source.images)
         self._rows = tuple(
             jax.make_array_from_callback(rows.shape, everywhere, lambda part, rows=rows: rows[part])
@@ -148,7 +155,7 @@ class ResidentGather:
         self._gather = gather
 
     def __call__(self, positions: Array) -> tuple[Array, Array]:
-        """Returns the images and labels at `positions` [batch] int32, split over "data"."""
+        """Returns the images and labels at `positions` int32, [batch] or cut into micro-batches, split over "data"."""
         return self._gather(self._rows, positions)
 
     def lowered(self, positions: Array) -> jax.stages.Lowered:

@@ -29,7 +29,7 @@ from jaxrd.training import checkpoint, parallel, processes, schedule, state as s
 from jaxrd.training.checks import check_batch, check_claim, check_teacher, check_teacher_gradient, claim
 from jaxrd.training.feeding import Feeder
 from jaxrd.training.log import Log, write_json
-from jaxrd.training.step import Recipe, make_train_step
+from jaxrd.training.step import Recipe, make_train_step, shardings
 from jaxrd.training.stopping import StopSignal
 
 VALIDATION_ATTACK = "pgd10"
@@ -74,7 +74,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
     # 4. A fresh state: where a new run begins, and the shape of what a checkpoint must hold.
     state = states.create(
         recipe.student, recipe.optimizer, jax.random.key(config.seed), weight_average=recipe.weight_average > 0)
-    state = parallel.replicate(state, mesh)
+    state = parallel.replicate(state, mesh, shardings(recipe, mesh))
     with checkpoint.Checkpoints(workdir, keep=config.training.keep) as checkpoints:
         # 5. The newest checkpoint, where there is one, in place of the fresh state.
         state = checkpoints.restore_newest(state)
@@ -105,7 +105,8 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
     log.say(_what_it_sees(config, dataset, train_source))
     feeder = Feeder(
         train_source, mesh, seed=config.seed, batch_size=batch_size, first=step, last=steps,
-        partners=recipe.augmentation.mixes, negatives=recipe.method.negatives, resident=config.data.resident)
+        partners=recipe.augmentation.mixes, negatives=recipe.method.negatives, resident=config.data.resident,
+        accumulation=recipe.accumulation)
     stop = StopSignal()
     with stop, feeder:
         for batch in feeder:
@@ -218,6 +219,7 @@ def build_recipe(
         optimizer=schedule.optimizer(config.optimizer, steps), steps=steps,
         augmentation=config.build_augmentation(),
         weight_average=config.training.weight_average, attack_batch_statistics=config.attack.batch_statistics,
+        accumulation=config.training.accumulation, shard_state=config.training.shard_state,
     ), variables
 
 

@@ -1,6 +1,7 @@
 """Devices: one mesh with the single axis "data", and how arrays lie on it."""
 
 import ctypes
+import math
 import os
 import pathlib
 import sys
@@ -29,23 +30,59 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def sharded(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices: batches."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def sharded(mesh: Mesh, accumulation: int = 1) -> NamedSharding:
+    """Batches: the first axis split over the devices, or the second where the first numbers micro-batches."""
+    return NamedSharding(mesh, PartitionSpec("data") if accumulation == 1 else PartitionSpec(None, "data"))
 
 
-def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises InputError where the devices cannot share a batch equally."""
-    if batch_size % mesh.size:
-        below = batch_size // mesh.size * mesh.size
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Returns shardings that split kernels over the devices, along their longest axis that can be; vectors stay whole.
+
+    For the optimiser's state and the weight average, of which a device then holds its part alone (stage 1 of ZeRO, Rajbhandari
+    et al. 2020): the compiler has each device update its part and brings the new weights together.
+
+    Args:
+      tree: arrays or their shapes.
+      mesh: the devices.
+    """
+    def sharding(leaf):
+        axes = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
+        if not axes or leaf.ndim < 2 or mesh.size == 1:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
+
+    return jax.tree.map(sharding, tree)
+
+
+def check_batch_size(name: str, batch_size: int, mesh: Mesh, accumulation: int = 1, bn_groups: int | None = None) -> None:
+    """Raises InputError where devices, micro-batches and BatchNorm groups cannot share a batch equally.
+
+    Args:
+      name: of the field.
+      batch_size: images of a batch.
+      mesh: the devices, which share each micro-batch.
+      accumulation: micro-batches of a batch.
+      bn_groups: BatchNorm groups of a batch; None for none.
+    """
+    unit = math.lcm(mesh.size * accumulation, bn_groups or 1)
+    if batch_size % unit:
+        below = batch_size // unit * unit
+        shares = [f"{mesh.size} devices"] if mesh.size > 1 else []
+        shares += [f"{accumulation} micro-batches"] if accumulation > 1 else []
+        shares += [f"{bn_groups} BatchNorm groups"] if bn_groups else []
         raise InputError(
-            f"{name} is {batch_size}, which {mesh.size} devices cannot share equally; "
-            f"use a multiple of {mesh.size}, such as " + (f"{below} or " if below else "") + f"{below + mesh.size}")
+            f"{name} is {batch_size}, which {' and '.join(shares)} cannot share equally; "
+            f"use a multiple of {unit}, such as " + (f"{below} or " if below else "") + f"{below + unit}")
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns a global batch, whole on the host, split over "data": each process puts the rows of its own devices there."""
-    return {name: jax.make_array_from_callback(value.shape, sharded(mesh), lambda part, value=value: value[part])
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, accumulation: int = 1) -> dict[str, jax.Array]:
+    """Returns a global batch, whole on the host, split over "data": each process puts the rows of its own devices there.
+
+    With `accumulation` above 1 each array has an axis of micro-batches in front, see `sharded`.
+    """
+    split = sharded(mesh, accumulation)
+    return {name: jax.make_array_from_callback(value.shape, split, lambda part, value=value: value[part])
             for name, value in batch.items()}
 
 

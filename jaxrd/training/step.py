@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import optax
 
 from jaxrd import objectives
+from jaxrd.attacks import loop_unroll
 from jaxrd.data import augment as augmenting
-from jaxrd.distillation.composition import Method, Term, check_mixing
+from jaxrd.distillation.composition import Method, Term, check_accumulation, check_mixing
 from jaxrd.distillation.inner_maximisation import Context, InnerMaximisation
 from jaxrd.distillation.views import View
 from jaxrd.distillation.weight_perturbation import perturb_weights
 from jaxrd.errors import InputError, one_line
 from jaxrd.models.zoo import Model
-from jaxrd.threat import example_keys
-from jaxrd.training import parallel
+from jaxrd.threat import MicroBatchKey, derived, example_keys
+from jaxrd.training import parallel, state as states
 from jaxrd.training.state import TrainState
 
 Array = jax.Array
@@ -46,6 +47,11 @@ class Recipe:
       weight_average: decay of the weight average; 0 for none.
       attack_batch_statistics: normalise the student's attack forwards by their own batch statistics instead of the running
         ones (running statistics never move in an attack).
+      accumulation: how many micro-batches, one after another, a batch is cut into, to the same update: memory for one of
+        them is enough. BatchNorm's statistics are those of a micro-batch. What a term takes over a batch, such as the largest
+        drop along a path, is taken over a micro-batch too.
+      shard_state: keep a part of the optimiser's state and of the weight average on each device, not all: see
+        `parallel.state_shardings`.
     """
 
     method: Method
@@ -57,6 +63,8 @@ class Recipe:
     augmentation: augmenting.Augmentation = augmenting.Augmentation()
     weight_average: float = 0.0
     attack_batch_statistics: bool = False
+    accumulation: int = 1
+    shard_state: bool = False
 
 
 def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
@@ -66,27 +74,59 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
     "data", and where the recipe mixes also "partners" and "partner_labels", shaped likewise: a permutation of the batch, made
     before it is sharded, so that no image crosses devices here. Where the method has negatives, it also has "negatives" and
     "negative_labels", shaped likewise: an image of another class for each. teacher_variables is None without a teacher.
-    Metrics are scalars: means over the global batch.
+    With `accumulation` every array has a first axis of that many micro-batches, [accumulation, batch / accumulation, ...], and
+    is sharded over "data" along the second (`parallel.sharded`). Metrics are scalars: means over the global batch.
 
     Raises:
-      InputError: a method that cannot take the soft labels of mixed images.
+      InputError: a method that cannot take the soft labels of mixed images, or whose attack takes negatives from the batch and
+        would find them in a micro-batch only.
     """
     check_mixing(recipe.method, recipe.augmentation)
     if recipe.augmentation.mixes:
         _probe_soft_labels(recipe)
+    check_accumulation(recipe.method, recipe.accumulation)
 
     def train_step(state, teacher_variables, batch):
-        augment_key, attack_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        images, labels = augment(recipe, augment_key, batch)
-        negatives, negative_labels = augment_negatives(recipe, augment_key, batch)
-        views, teacher_clean = attack(
-            recipe, attack_key, state, teacher_variables, images, labels, negatives, negative_labels)
-        teacher = teacher_logits(recipe, teacher_variables, views, teacher_clean, labels, negative_labels)
-        gradients, batch_stats, metrics = gradients_of(recipe, state, views, teacher, labels, negative_labels)
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step))
+        if recipe.accumulation == 1:
+            inputs = _inputs(recipe, *keys, state, teacher_variables, batch)
+        else:
+            def of_part(_, part):
+                first, rows = part
+                return None, _inputs(
+                    recipe, *(MicroBatchKey(key, first) for key in keys), state, teacher_variables, rows)
+
+            firsts = jnp.arange(recipe.accumulation) * batch["labels"].shape[1]
+            _, inputs = jax.lax.scan(of_part, None, (firsts, batch), unroll=loop_unroll())
+        gradients, batch_stats, metrics = gradients_of(recipe, state, *inputs)
+        if recipe.shard_state:
+            # Or the partition of what they update would spread into the forward and backward pass.
+            gradients, batch_stats = jax.lax.with_sharding_constraint((gradients, batch_stats), parallel.replicated(mesh))
         return update(recipe, state, gradients, batch_stats), metrics
 
-    replicated = parallel.replicated(mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(replicated, replicated))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings(recipe, mesh), parallel.replicated(mesh)))
+
+
+def shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
+    """Returns how the state of a run lies on the devices, a tree of shardings."""
+    everywhere = parallel.replicated(mesh)
+    shapes = jax.eval_shape(lambda: states.create(
+        recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.weight_average > 0))
+    whole = jax.tree.map(lambda _: everywhere, shapes)
+    if not recipe.shard_state:
+        return whole
+    return whole.replace(opt_state=parallel.state_shardings(shapes.opt_state, mesh),
+                         average=parallel.state_shardings(shapes.average, mesh))
+
+
+def _inputs(recipe, augment_key, attack_key, state, teacher_variables, batch) -> tuple[dict, dict, Array, Array | None]:
+    """Returns what the gradient is taken on: the points by view, the teacher's outputs, the labels and the negatives'."""
+    images, labels = augment(recipe, augment_key, batch)
+    negatives, negative_labels = augment_negatives(recipe, augment_key, batch)
+    views, teacher_clean = attack(
+        recipe, attack_key, state, teacher_variables, images, labels, negatives, negative_labels)
+    teacher = teacher_logits(recipe, teacher_variables, views, teacher_clean, labels, negative_labels)
+    return views, teacher, labels, negative_labels
 
 
 def augment(recipe: Recipe, key: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
@@ -132,7 +172,8 @@ def augment_negatives(recipe: Recipe, key: Array, batch: dict[str, Array]) -> tu
     negatives, labels = batch["negatives"], batch["negative_labels"]
     chex.assert_equal_shape([batch["images"], negatives])
     chex.assert_equal_shape([batch["labels"], labels])
-    return augment_one_view(recipe, jax.random.fold_in(key, _NEGATIVES), negatives), labels
+    return augment_one_view(
+        recipe, derived(key, lambda key: jax.random.fold_in(key, _NEGATIVES)), negatives), labels
 
 
 def attack(
@@ -183,10 +224,14 @@ def teacher_logits(recipe, teacher_variables, views, teacher_clean, labels, nega
 def gradients_of(
     recipe, state, views, teacher, labels, negative_labels=None,
 ) -> tuple[dict, dict, dict[str, Array]]:
-    """Returns the gradient of the mean loss through every student view, the new BatchNorm statistics and the metrics."""
+    """Returns the gradient of the mean loss through every student view, the new BatchNorm statistics and the metrics.
+
+    With `recipe.accumulation` the arrays have an axis of micro-batches in front. Each begins with the running statistics of the
+    state, and the new ones are the mean of theirs: what one forward with a BatchNorm group for each would have come to.
+    """
     method, progress = recipe.method, (state.step + 1) / recipe.steps
 
-    def mean_loss(params):
+    def mean_loss(params, views, teacher, labels, negative_labels):
         batch_stats, student = state.batch_stats, {}
         for forward in method.student_forwards:
             first, moved = forward[0], None
@@ -212,11 +257,24 @@ def gradients_of(
             metrics |= {f"{name}/{view}": objectives.correct(outputs[view], true[view]) for view in outputs if view in true}
         return jnp.mean(loss), (batch_stats, {name: jnp.mean(value) for name, value in metrics.items()})
 
+    def mean_over_parts(function):
+        inputs = (views, teacher, labels, negative_labels)
+        if recipe.accumulation == 1:
+            return function(*inputs)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, function(*part)), None
+
+        shapes = jax.eval_shape(lambda: function(*jax.tree.map(lambda leaf: leaf[0], inputs)))
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, inputs, unroll=loop_unroll())
+        return jax.tree.map(lambda leaf: leaf / recipe.accumulation, total)
+
     params = state.params
     if method.weight_perturbation is not None:
-        ascent = jax.grad(lambda params: mean_loss(params)[0])(params)
+        ascent = mean_over_parts(lambda *part: jax.grad(lambda params: mean_loss(params, *part)[0])(state.params))
         params = perturb_weights(params, ascent, method.weight_perturbation.size(progress))
-    gradients, (batch_stats, metrics) = jax.grad(mean_loss, has_aux=True)(params)
+    gradients, (batch_stats, metrics) = mean_over_parts(lambda *part: jax.grad(mean_loss, has_aux=True)(params, *part))
     return gradients, batch_stats, metrics | {"gradient_norm": optax.tree.norm(gradients)}
 
 
