@@ -196,7 +196,8 @@ def build_recipe(
     classes, image_shape = dataset.train.classes, dataset.train.image_shape
     method, variables = config.build_method(), None
     student = models.create(
-        config.student, classes=classes, image_shape=image_shape, dtype=config.dtype, batch_norm_sets=method.batch_norm_sets)
+        config.student, classes=classes, image_shape=image_shape, dtype=config.dtype, batch_norm_sets=method.batch_norm_sets,
+        bn_groups=config.bn_groups)
     if method.needs_teacher:
         if teacher:
             variables = teacher.init(jax.random.key(0))
