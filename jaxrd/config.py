@@ -22,7 +22,7 @@ from jaxrd import distillation, models
 from jaxrd.data.augment import Augmentation
 from jaxrd.distillation.catalogue import MethodConfig, documented, parse_name
 from jaxrd.distillation.composition import check_accumulation, check_mixing
-from jaxrd.errors import InputError
+from jaxrd.errors import InputError, nearest_multiples
 from jaxrd.threat import ThreatModel
 
 
@@ -109,6 +109,9 @@ class Config:
     seed: int = documented(0, "of everything random in the run")
     method: MethodConfig = MethodConfig()
     student: str = documented("resnet18", "model that is trained: resnet18, wrn34_10, resnet6_w8, ...")
+    bn_groups: int | None = documented(
+        None, "BatchNorm statistics per group of the batch instead of the whole one (ghost or per-replica BatchNorm): number "
+        "of groups; None: the whole batch")
     teacher: str = documented("", "run directory of the teacher, trained or imported (launch.weights); empty: none")
     dtype: str = documented("float32", 'compute dtype of the student\'s body: "float32" or "bfloat16"')
     data: DataConfig = DataConfig()
@@ -386,6 +389,15 @@ def _check(config: Config) -> None:
     need(training.steps is not None or (training.epochs or 0) > 0, "training.epochs", "above 0 where training.steps is None")
     need(training.batch_size > 0, "training.batch_size", "above 0")
     need(training.accumulation > 0, "training.accumulation", "above 0; 1 for no micro-batches")
+    need(config.bn_groups is None or config.bn_groups > 0, "bn_groups", "above 0, or None for statistics of the whole batch")
+    need((config.bn_groups or training.accumulation) % training.accumulation == 0, "bn_groups",
+         f"a multiple of config.training.accumulation, {training.accumulation}: each micro-batch has its own groups")
+    need(training.batch_size % (config.bn_groups or 1) == 0, "bn_groups",
+         f"a divisor of config.training.batch_size, {training.batch_size}; or give that "
+         f"{nearest_multiples(training.batch_size, config.bn_groups or 1)}")
+    need(training.batch_size % training.accumulation == 0, "training.accumulation",
+         f"a divisor of config.training.batch_size, {training.batch_size}; or give that "
+         f"{nearest_multiples(training.batch_size, training.accumulation)}")
     need(0 <= training.weight_average < 1, "training.weight_average", "a decay in [0, 1)")
     need(training.log_every > 0, "training.log_every", "above 0")
     need(training.checkpoint_every is None or training.checkpoint_every > 0, "training.checkpoint_every", "above 0 or None")

@@ -32,6 +32,12 @@ def suggest(name: str, known: Collection[str]) -> str:
     return f"{hint}known: {', '.join(known)}"
 
 
+def nearest_multiples(size: int, factor: int) -> str:
+    """Returns the nearest multiples of `factor` below and above a `size` that is none: "96 or 128", or "128", but never 0."""
+    below = size // factor * factor
+    return f"{below} or {below + factor}" if below else f"{factor}"
+
+
 def one_line(error: Exception) -> str:
     """Returns an error's type and message on one line of 200 characters at most, for a message of our own."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

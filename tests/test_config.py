@@ -22,6 +22,18 @@ def refuse(values, *words):
         assert word in message
 
 
+@pytest.mark.parametrize("groups, batch_size, words", [
+    (0, 128, ["above 0, or None"]), (-1, 128, ["above 0, or None"]), (2.5, 128, ["whole number or None"]),
+    (3, 128, ["training.batch_size, 128", "126 or 129"]), (256, 128, ["training.batch_size, 128", "256"])])
+def test_batch_norm_groups_divide_the_batch(groups, batch_size, words):
+    refuse({"bn_groups": groups, "training": {"batch_size": batch_size}}, "config.bn_groups", str(groups), *words)
+
+
+@pytest.mark.parametrize("groups, expected", [(None, None), ("None", None), (1, 1), ("8", 8), (128, 128)])
+def test_batch_norm_groups_are_a_number_or_the_whole_batch(groups, expected):
+    assert Config.from_dict({"bn_groups": groups}).bn_groups == expected
+
+
 def test_nothing_given_is_the_default():
     assert Config.from_dict({}) == Config()
 
@@ -109,8 +121,8 @@ def test_l2_radii_may_exceed_one():
     ({"epsilon": 1}, ["config.epsilon", "config.threat.epsilon?"]),
     ({"steps": 1}, ["config.steps", "config.attack.steps or config.training.steps?"]),
     ({"thread": {"epsilon": 1}}, ["config.thread", "config.threat?"]),
-    ({"xyz": 1}, ["config.xyz", "known: attack, data"]),
-    ({1: 1}, ["config.1", "known: attack, data"]),
+    ({"xyz": 1}, ["config.xyz", "known: attack, bn_groups, data"]),
+    ({1: 1}, ["config.1", "known: attack, bn_groups, data"]),
     ({"threat": 5}, ["config.threat is 5", "section"]),
     ({"data": None}, ["config.data is None", "section"]),
     (5, ["config is 5"])])

@@ -26,7 +26,7 @@ _EXAMPLES += [f"resnet{depth}_w{width}" for depth in RESNET_BLOCKS for width in 
 
 
 def module(name: str, classes: int, dtype: jnp.dtype = jnp.float32) -> nn.Module:
-    """Returns the Flax module of that name, which is called with (images, train).
+    """Returns the Flax module of that name, which is called with (images, train); `normalization` says what `train` is.
 
     Args:
       name: as `models.create` lists them, without published identifiers.

@@ -1,7 +1,8 @@
 """The two normalisations of a model: of its input images, and of its activations by batch statistics.
 
 BatchNorm follows Ioffe and Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
-Covariate Shift", with the constants of PyTorch's layer.
+Covariate Shift", with the constants of PyTorch's layer. What the networks hand on to it as `train` is False in evaluation, and
+else the number of groups that it normalises the batch in: True, or 1, for the whole batch.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 MOMENTUM = 0.9  # what running statistics keep of themselves in a step; PyTorch's 0.1 is the rest
+EPSILON = 1e-5  # added to the variance
 
 
 def normalize_images(images: Array, mean: Sequence[float] | None, std: Sequence[float] | None) -> Array:
@@ -30,7 +32,7 @@ def normalize_images(images: Array, mean: Sequence[float] | None, std: Sequence[
     return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def batch_norm(train: bool, dtype: jnp.dtype, name: str) -> nn.BatchNorm:
+def batch_norm(train: int, dtype: jnp.dtype, name: str) -> nn.Module:
     """Returns the BatchNorm layer that every model uses: (x - mean) / sqrt(var + 1e-5) * scale + bias, per channel.
 
     With `train` the mean and variance are those of the batch, and running <- 0.9 running + 0.1 batch (PyTorch's
@@ -38,10 +40,60 @@ def batch_norm(train: bool, dtype: jnp.dtype, name: str) -> nn.BatchNorm:
     where PyTorch's takes the unbiased one (sum / (n - 1)), with n = batch * height * width.
 
     Args:
-      train: normalise by the batch and update the running statistics.
+      train: False: normalise by the running statistics. True or 1: by the batch, and update them. Above 1: by each of that
+        many groups of the batch, see `GroupedBatchNorm`. Parameters and statistics have the same names and shapes.
       dtype: of the returned activations; scale, bias and all statistics are float32.
       name: of the layer in the parameter tree.
     """
+    if train > 1:
+        return GroupedBatchNorm(int(train), dtype, name=name)
     # The fast variance E[x^2] - E[x]^2 cancels catastrophically in float32: that of N(1e4, 1) comes out as 0 or 16.
     return nn.BatchNorm(
-        use_running_average=not train, momentum=MOMENTUM, epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+        use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class GroupedBatchNorm(nn.Module):
+    """BatchNorm in training, by the mean and the biased variance of each of several contiguous groups of the batch's rows.
+
+    Ghost BatchNorm: Hoffer et al. 2017, "Train longer, generalize better: closing the generalization gap in large batch
+    training of neural networks". With as many groups as replicas it is what replicas compute that do not synchronise theirs.
+    The running statistics move by the mean over groups of the groups' means, and of their variances.
+
+    Attributes:
+      groups: they divide the batch.
+      dtype: of the returned activations; scale, bias and all statistics are float32.
+    """
+
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, channels)
+        bias = self.param("bias", nn.initializers.zeros, channels)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        running_variance = self.variable("batch_stats", "var", jnp.ones, channels)
+
+        # Rows first, then groups of them, so that only [batch, channels] is ever reshaped: groups that devices share
+        # unequally cannot make the compiler gather the activations.
+        x = x.astype(jnp.float32)
+        mean = self._mean(x)
+        centred = x - self._of_rows(mean, x)
+        variance = self._mean(jnp.square(centred))
+        if not self.is_initializing():
+            for running, found in ((running_mean, mean), (running_variance, variance)):
+                running.value = MOMENTUM * running.value + (1 - MOMENTUM) * jnp.mean(found, axis=0)
+        y = centred * self._of_rows(jax.lax.rsqrt(variance + EPSILON) * scale, x) + bias
+        return y.astype(self.dtype)
+
+    def _mean(self, x: Array) -> Array:
+        """Returns the mean of each group, [groups, channels], of x, [batch, ..., channels]."""
+        rows = jnp.mean(x, axis=range(1, x.ndim - 1))
+        return jnp.mean(rows.reshape(self.groups, -1, x.shape[-1]), axis=1)
+
+    def _of_rows(self, values: Array, x: Array) -> Array:
+        """Returns values, [groups, channels], for each row of x, to be broadcast over all between rows and channels."""
+        groups, channels = values.shape
+        rows = jnp.broadcast_to(values[:, jnp.newaxis], (groups, len(x) // groups, channels))
+        return rows.reshape(len(x), *(1,) * (x.ndim - 2), channels)

@@ -48,7 +48,7 @@ class WideResNet(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, images: Array, train: bool) -> Array:
+    def __call__(self, images: Array, train: int) -> Array:
         x = convolution(16, 3, 1, self.dtype, "conv1", he_normal_fan_out)(images)
         for group in range(3):
             for index in range((self.depth - 4) // 6):

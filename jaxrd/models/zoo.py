@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jaxrd.errors import InputError
+from jaxrd.errors import InputError, nearest_multiples
 from jaxrd.models import architectures, published
 from jaxrd.models.batch_norm_sets import add_sets, replace_statistics, select_set
 from jaxrd.models.normalization import normalize_images
@@ -34,8 +34,8 @@ class Model:
         images [batch, height, width, channels] float in [0, 1]. `train` is a Python bool: True normalises by the batch and
         returns updated statistics, False normalises by the running statistics and returns them unchanged.
         `batch_norm_set` is a Python int: whose scale, bias and statistics are used, and moved; those of other sets are
-        returned as they are. Raises InputError where the images have another shape or are integers, or where there is no
-        such set.
+        returned as they are. Raises InputError where the images have another shape or are integers, where there is no
+        such set, or where `train` and `bn_groups` do not divide the batch.
       specification: the arguments of `create` as JSON can hold them: `create(**specification)` is this model again.
       batch_norm_sets: number of sets of BatchNorm parameters and statistics.
     """
@@ -58,6 +58,7 @@ def create(
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         batch_norm_sets: int = 1,
+        bn_groups: int | None = None,
 ) -> Model:
     """Returns the model of that name.
 
@@ -85,6 +86,11 @@ def create(
       batch_norm_sets: with more than 1, every BatchNorm layer has that many sets of scale, bias and running statistics,
         equal at first, and `apply` says which one it uses. Set k > 0 lies under "batch_norm_k" of "params" and of
         "batch_stats", set 0 where it lies without the others; all other weights are shared.
+      bn_groups: how many groups of the batch of one forward each BatchNorm normalises by their own statistics in train mode:
+        group g of a batch of n is its rows g n / bn_groups to (g + 1) n / bn_groups, and the running statistics move by the
+        mean of the groups' (ghost BatchNorm, Hoffer et al. 2017; per-replica BatchNorm, with a group for each replica). What
+        comes out does not depend on how many devices share the batch. None or 1: the whole batch. Eval mode does not read it,
+        and the variables are the same with any.
 
     Raises:
       InputError: an unknown name, or an argument outside those ranges.
@@ -107,12 +113,16 @@ def create(
     mean, std = _checked_statistics(mean, std, channels=image_shape[2])
     if not (isinstance(batch_norm_sets, numbers.Integral) and batch_norm_sets >= 1):
         raise InputError(f"model batch_norm_sets is {batch_norm_sets!r}; it must be a whole number of at least 1")
-    return _create(name, int(classes), tuple(map(int, image_shape)), dtype, mean, std, int(batch_norm_sets))
+    if not (bn_groups is None or isinstance(bn_groups, numbers.Integral) and bn_groups >= 1):
+        raise InputError(
+            f"model bn_groups is {bn_groups!r}; it must be a whole number of at least 1, or None for the whole batch")
+    return _create(
+        name, int(classes), tuple(map(int, image_shape)), dtype, mean, std, int(batch_norm_sets), int(bn_groups or 1))
 
 
 # Cached, so that two equal models are one static argument, and what was compiled for the first serves the second.
 @functools.lru_cache(maxsize=None)
-def _create(name, classes, image_shape, dtype, mean, std, sets) -> Model:
+def _create(name, classes, image_shape, dtype, mean, std, sets, bn_groups) -> Model:
     module = architectures.module(name, classes, _DTYPES[dtype])
     if min(image_shape[:2]) < (smallest := getattr(module, "smallest_side", 1)):
         raise InputError(
@@ -132,12 +142,13 @@ def _create(name, classes, image_shape, dtype, mean, std, sets) -> Model:
         variables = select_set(variables, batch_norm_set, sets)
         if not train:
             return module.apply(variables, images, train=False), batch_stats
-        logits, updated = module.apply(variables, images, train=True, mutable=["batch_stats"])
+        _check_groups(images, name, bn_groups)
+        logits, updated = module.apply(variables, images, train=bn_groups, mutable=["batch_stats"])
         return logits, replace_statistics(batch_stats, batch_norm_set, updated["batch_stats"])
 
     specification = {
         "name": name, "classes": classes, "image_shape": image_shape, "dtype": dtype, "mean": mean, "std": std,
-        "batch_norm_sets": sets}
+        "batch_norm_sets": sets, "bn_groups": bn_groups if bn_groups > 1 else None}
     return Model(name, classes, image_shape, init, apply, specification, sets)
 
 
@@ -211,6 +222,14 @@ def _check_images(images: Array, name: str, image_shape: tuple[int, int, int]) -
             "resize them, or create the model with their image_shape")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(f"images are {images.dtype}; give float32 in [0, 1], such as images / 255")
+
+
+def _check_groups(images: Array, name: str, bn_groups: int) -> None:
+    """Raises InputError where a batch cannot be cut into equal groups."""
+    if len(images) % bn_groups:
+        raise InputError(
+            f'a batch of {len(images)} images cannot be cut into {bn_groups} equal groups, the bn_groups of model "{name}" in '
+            f"train mode; give {nearest_multiples(len(images), bn_groups)} images, or create the model with other bn_groups")
 
 
 def _checked_set(batch_norm_set: int, name: str, sets: int) -> int:

@@ -199,7 +199,9 @@ def build_recipe(
     classes, image_shape = dataset.train.classes, dataset.train.image_shape
     method, variables = config.build_method(), None
     student = models.create(
-        config.student, classes=classes, image_shape=image_shape, dtype=config.dtype, batch_norm_sets=method.batch_norm_sets)
+        config.student, classes=classes, image_shape=image_shape, dtype=config.dtype, batch_norm_sets=method.batch_norm_sets,
+        # Of one forward, which is that of a micro-batch.
+        bn_groups=config.bn_groups and config.bn_groups // config.training.accumulation)
     if method.needs_teacher:
         if teacher:
             variables = teacher.init(jax.random.key(0))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxrd.errors import InputError
+from jaxrd.errors import InputError, nearest_multiples
 
 
 def data_mesh(devices: list | None = None) -> Mesh:
@@ -67,13 +67,12 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, accumulation: int =
     """
     unit = math.lcm(mesh.size * accumulation, bn_groups or 1)
     if batch_size % unit:
-        below = batch_size // unit * unit
         shares = [f"{mesh.size} devices"] if mesh.size > 1 else []
         shares += [f"{accumulation} micro-batches"] if accumulation > 1 else []
         shares += [f"{bn_groups} BatchNorm groups"] if bn_groups else []
         raise InputError(
             f"{name} is {batch_size}, which {' and '.join(shares)} cannot share equally; "
-            f"use a multiple of {unit}, such as " + (f"{below} or " if below else "") + f"{below + unit}")
+            f"use a multiple of {unit}, such as {nearest_multiples(batch_size, unit)}")
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, accumulation: int = 1) -> dict[str, jax.Array]:
