@@ -30,7 +30,8 @@ class Checkpoints:
 
         Args:
           workdir: the run directory.
-          keep: how many of the newest a later `save` leaves, besides the best; None to read only.
+          keep: how many of the newest a later `save` leaves, besides the best; None to read only. Several processes open a
+            directory together, but each loads on its own.
         """
         policies = ocp.training.preservation_policies
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
@@ -38,6 +39,7 @@ class Checkpoints:
             policies.LatestN(keep),
             policies.BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False),
         ])
+        self._alone = keep is None
         with _damage_explained(self.directory, culprit=_unreadable_metrics):
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
@@ -106,7 +108,7 @@ class Checkpoints:
         source = tree["average"] if averaged else tree
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         _compare({name: source.get(name) for name in shapes}, shapes, self.directory / str(step))
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
         restored = self._load(step, {"average": abstract} if averaged else abstract, partial=True)
         variables = restored["average"] if averaged else restored
@@ -123,8 +125,15 @@ class Checkpoints:
                 raise ValueError("its arrays cannot be read")
             return found
 
-    def _load(self, step: int, abstract: dict, partial: bool = False) -> dict:
+    def _context(self) -> ocp.Context:
         context = ocp.Context()
+        if self._alone and jax.process_count() > 1:
+            context.multiprocessing.primary_host = jax.process_index()
+            context.multiprocessing.active_processes = {jax.process_index()}
+        return context
+
+    def _load(self, step: int, abstract: dict, partial: bool = False) -> dict:
+        context = self._context()
         context.pytree.loading.partial_load = partial
         with _damage_explained(self.directory / str(step)), context:
             return self._checkpointer.load(step, abstract)
