@@ -48,7 +48,7 @@ def main() -> None:
     if _REPORT.value and pathlib.Path(_REPORT.value).is_dir():
         raise InputError(f"--report={_REPORT.value} is a directory; name a file in it, such as report.html")
     from jaxrd.evaluation import evaluate, report
-    from jaxrd.training import parallel
+    from jaxrd.training import parallel, processes
     parallel.enable_compilation_cache()
     parallel.prepare_process()
     step = int(_STEP.value) if _STEP.value.isdecimal() else _STEP.value
@@ -57,7 +57,16 @@ def main() -> None:
             workdir, _ATTACKS.value, step=step, split=_SPLIT.value, teacher=_TEACHER.value, seed=_SEED.value,
             batch_size=_BATCH_SIZE.value, curve=_CURVE.value, data=_DATA.value, data_directory=_DATA_DIR.value or None,
             examples=_EXAMPLES.value, say=functools.partial(print, flush=True))  # or a file or pipe gets the lines in the end
-        report.write([workdir], pathlib.Path(workdir) / "report.html")
+        with processes.together():
+            if processes.is_main():
+                report.write([workdir], pathlib.Path(workdir) / "report.html")
+    with processes.together():
+        if processes.is_main():
+            _compare(report)
+
+
+def _compare(report) -> None:
+    """Prints the tables of all runs, and writes the report where one is asked for."""
     own = "" if _DATA.value else report.table(_WORKDIR.value)
     for table in filter(None, (own, report.other_data_table(_WORKDIR.value))):
         print(f"\n{table}")

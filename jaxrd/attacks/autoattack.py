@@ -28,6 +28,7 @@ from jaxrd.attacks import trust
 from jaxrd.attacks.apgd import Apgd
 from jaxrd.attacks.fab import Fab
 from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
+from jaxrd.attacks.outcome import Outcome, Tally
 from jaxrd.attacks.progress import Progress
 from jaxrd.attacks.records import Record, Records, fingerprint
 from jaxrd.attacks.results import AutoAttackResult
@@ -101,6 +102,14 @@ def autoattack(
       InputError: images outside the bounds, labels that do not fit, an unknown version; logits that are not finite; a `resume`
         directory that belongs to another model, data or configuration, or is damaged.
     """
+    job = prepare(
+        key, logits_fn, images, labels, threat=threat, version=version, batch_size=batch_size, index=index, mesh=mesh)
+    return job.result(job.attack(np.arange(len(job.index)), resume=resume, say=say), say)
+
+
+@jax.default_matmul_precision("highest")
+def prepare(key, logits_fn, images, labels, *, threat: ThreatModel, version, batch_size: int, index=None, mesh=None) -> "Job":
+    """Returns an evaluation of which several processes can each attack a part; arguments and errors as for `autoattack`."""
     threat.check_images(images)
     network = as_network(logits_fn, images)
     labels = np.asarray(labels)
@@ -121,51 +130,7 @@ def autoattack(
         network = jax.device_put(network, NamedSharding(mesh, PartitionSpec()))
     sizes = batch_sizes(min(batch_size, n), 1 if mesh is None else mesh.size)
     threat = ThreatModel(threat.norm, float(threat.epsilon), tuple(map(float, threat.bounds)))
-    job = _Job(network, points, keys, threat, sizes, mesh)
-
-    began = time.perf_counter()
-    robust = job.score(points["images"], np.arange(n))
-    flags += trust.inspect(logits_fn, network, points["images"], keys, threat.bounds, sizes[0], randomised=version == "rand")
-    configuration = {
-        "version": version, "norm": threat.norm, "epsilon": threat.epsilon, "bounds": list(threat.bounds),
-        "attacks": {stage.name: f"{len(stage.runs)} x {stage.runs[0].search}" for stage in stages}}
-    metadata = {"jaxrd": jaxrd.__version__, "jax": jax.__version__, **fingerprint(
-        network, points, keys, configuration, sizes[0])}
-    records = Records.open(resume, metadata, n, points["images"].shape[1:])
-    if say and records.finished:
-        say(f"going on after {records.finished} finished batches of {resume}")
-    _warn(say, flags)
-
-    adversarial, clean_correct, attack_index = points["images"].copy(), robust.copy(), np.where(robust, -1, 0)
-    accuracy, tallies = {"clean": float(np.mean(robust))}, {"clean": _Tally(n, n, 0, 0, time.perf_counter() - began)}
-    for place, stage in enumerate(stages, 1):
-        tally = tallies[stage.name] = _Tally()
-        with Progress(say, stage.name, len(stage.runs), n) as progress:
-            for number in range(len(stage.runs)):
-                left = np.flatnonzero(robust)
-                progress.begin(number, len(left))
-                for record, known in job.batches(stage, number, left, records):
-                    broken = record.indices[record.fooled]
-                    adversarial[broken], robust[broken], attack_index[broken] = record.images, False, place
-                    tally.add(record)
-                    progress.batch(len(record.indices), int(np.sum(robust)), recorded=known)
-        accuracy[stage.name] = float(np.mean(robust))
-    zero_gradients = {stage.name: tallies[stage.name].zero_gradients for stage in stages
-                      if isinstance(stage.runs[0].search, Apgd)}
-    by_gradient = {stage.name for stage in stages if stage.runs[0].search.differentiates}
-    late = trust.review(accuracy, zero_gradients, {name: tally.points for name, tally in tallies.items()}, by_gradient, n)
-    rescored = float(np.mean(job.score(adversarial, np.arange(n))))
-    if rescored != accuracy[stages[-1].name] and not network.randomised:
-        late.append(f"re-scoring: the returned images score {rescored:.2%}, the attacks reported {np.mean(robust):.2%}; the "
-                    "network does not give the same answer twice")
-    _warn(say, late)
-    return AutoAttackResult(
-        images=adversarial, labels=points["labels"], robust=robust, clean_correct=clean_correct, attack_index=attack_index,
-        stages=tuple(accuracy), per_attack_accuracy=accuracy, index=index, flags=flags + late,
-        distances=_distances(points["images"], adversarial, threat.norm),
-        passes={name: (tally.forwards, tally.backwards) for name, tally in tallies.items()}, zero_gradients=zero_gradients,
-        seconds={name: round(tally.seconds, 3) for name, tally in tallies.items()}, rescored_accuracy=rescored,
-        version=version, threat=threat, metadata=metadata)
+    return Job(logits_fn, network, points, keys, index, threat, version, stages, flags, sizes, mesh)
 
 
 def cascade(version: str | Sequence[str], classes: int) -> tuple[list[Stage], list[str]]:
@@ -219,15 +184,108 @@ def _targeted(search, targets):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
-    """What all attacks of an evaluation work on, and how."""
+class Job:
+    """A prepared evaluation: what is attacked, and how. All its points are here, whoever attacks them.
 
+    Attributes:
+      logits_fn: as the user gave it.
+      network: the same, as an argument of compiled code.
+      points: "images" [n, h, w, c] float32 and "labels" [n] int32.
+      keys: [n] typed keys.
+      index: [n] int, what they follow.
+      threat: norm, radius, bounds.
+      version: of the cascade, or the attacks' names joined by "+".
+      stages: of the cascade.
+      flags: about what had to change in them.
+      sizes: from `batch_sizes`.
+      mesh: devices that share each batch, or None.
+    """
+
+    logits_fn: LogitsFn
     network: Network
     points: dict[str, np.ndarray]
     keys: Array
+    index: np.ndarray
     threat: ThreatModel
+    version: str
+    stages: list[Stage]
+    flags: list[str]
     sizes: list[int]
     mesh: Mesh | None
+
+    @jax.default_matmul_precision("highest")
+    def attack(self, rows: np.ndarray, *, resume: str | pathlib.Path | None = None, say: Callable[[str], None] | None = None,
+               writer: str = "") -> Outcome:
+        """Runs the cascade on some of the points.
+
+        Args:
+          rows: [k] int, which of the n points; none at all is possible.
+          resume, say: see `autoattack`.
+          writer: see `Records.open`.
+
+        Raises:
+          InputError: logits that are not finite; a `resume` directory of another evaluation.
+        """
+        images, n = self.points["images"], len(self.index)
+        began = time.perf_counter()
+        robust = np.zeros(n, bool)
+        robust[rows] = self.score_all(images, rows)
+        threat, size = self.threat, self.sizes[0]
+        flags = self.flags + trust.inspect(
+            self.logits_fn, self.network, images, self.keys, threat.bounds, size, randomised=self.version == "rand")
+        configuration = {
+            "version": self.version, "norm": threat.norm, "epsilon": threat.epsilon, "bounds": list(threat.bounds),
+            "attacks": {stage.name: f"{len(stage.runs)} x {stage.runs[0].search}" for stage in self.stages}}
+        metadata = {"jaxrd": jaxrd.__version__, "jax": jax.__version__, **fingerprint(
+            self.network, self.points, self.keys, configuration, size)}
+        records = Records.open(resume, metadata, n, images.shape[1:], rows=rows, writer=writer)
+        if say and records.finished:
+            say(f"going on after {records.finished} finished batches of {resume}")
+        _warn(say, flags)
+
+        adversarial, clean_correct, attack_index = images.copy(), robust.copy(), np.where(robust, -1, 0)
+        tallies = {"clean": Tally(len(rows), len(rows), 0, 0, time.perf_counter() - began)}
+        part = "" if len(rows) == n else f" (a share of {n} points)"
+        for place, stage in enumerate(self.stages, 1):
+            tally = tallies[stage.name] = Tally()
+            with Progress(say, stage.name + part, len(stage.runs), len(rows)) as progress:
+                for number in range(len(stage.runs)):
+                    left = np.flatnonzero(robust)
+                    progress.begin(number, len(left))
+                    for record, known in self.batches(stage, number, left, records):
+                        broken = record.indices[record.fooled]
+                        adversarial[broken], robust[broken], attack_index[broken] = record.images, False, place
+                        tally.add(record)
+                        progress.batch(len(record.indices), int(np.sum(robust)), recorded=known)
+        rescored = np.zeros(n, bool)
+        rescored[rows] = self.score_all(adversarial, rows)
+        return Outcome(rows, adversarial, clean_correct, attack_index, rescored, tallies, flags, metadata)
+
+    def result(self, outcome: Outcome, say: Callable[[str], None] | None = None) -> AutoAttackResult:
+        """Returns the result of an outcome that holds all points; `say` is given the flags that are left to raise."""
+        accuracy, tallies = outcome.accuracy, outcome.tallies
+        zero_gradients = {stage.name: tallies[stage.name].zero_gradients for stage in self.stages
+                          if isinstance(stage.runs[0].search, Apgd)}
+        by_gradient = {stage.name for stage in self.stages if stage.runs[0].search.differentiates}
+        late = trust.review(accuracy, zero_gradients, {name: tally.points for name, tally in tallies.items()}, by_gradient,
+                            len(self.index))
+        rescored = float(np.mean(outcome.rescored))
+        if rescored != accuracy[self.stages[-1].name] and not self.network.randomised:
+            late.append(f"re-scoring: the returned images score {rescored:.2%}, the attacks reported "
+                        f"{np.mean(outcome.robust):.2%}; the network does not give the same answer twice")
+        _warn(say, late)
+        return AutoAttackResult(
+            images=outcome.images, labels=self.points["labels"], robust=outcome.robust, clean_correct=outcome.clean_correct,
+            attack_index=outcome.attack_index, stages=tuple(accuracy), per_attack_accuracy=accuracy, index=self.index,
+            flags=outcome.flags + late, distances=_distances(self.points["images"], outcome.images, self.threat.norm),
+            passes={name: (tally.forwards, tally.backwards) for name, tally in tallies.items()}, zero_gradients=zero_gradients,
+            seconds={name: round(tally.seconds, 3) for name, tally in tallies.items()}, rescored_accuracy=rescored,
+            version=self.version, threat=self.threat, metadata=outcome.metadata)
+
+    def score_all(self, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Returns whether the network is right about `images[rows]`, which stand for all points; always in the same shape."""
+        points = self.points | {"images": images}
+        return score(self.network, points, self.keys, size=self.sizes[0], mesh=self.mesh, indices=rows)
 
     def score(self, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Returns whether the network is right about `images`, which stand for the points `rows`; always in the same shape."""
@@ -253,24 +311,6 @@ class _Job:
                             found.zero_gradients, seconds)
             records.add(record)
             yield record, False
-
-
-@dataclasses.dataclass
-class _Tally:
-    """What a stage took: points attacked, counted for each run, passes in images, points without a gradient, wall time."""
-
-    points: int = 0
-    forwards: int = 0
-    backwards: int = 0
-    zero_gradients: int = 0
-    seconds: float = 0.0
-
-    def add(self, record: Record) -> None:
-        self.points += len(record.indices)
-        self.forwards += record.forwards
-        self.backwards += record.backwards
-        self.zero_gradients += record.zero_gradients
-        self.seconds += record.seconds
 
 
 def _checked_index(index, n: int) -> np.ndarray:

@@ -2,12 +2,15 @@
 
 `run.json` says whose it is: fingerprints of the model (its arrays, and its logits for a few images), of the data and of the
 configuration. A batch is known by its attack, its run and the points in it, so an evaluation may go on with another batch size.
+It may go on in another number of processes too: all of them read the whole directory, each takes from it what its own points
+came to, and each adds files under names of its own.
 """
 
 import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -47,6 +50,15 @@ class Record:
     zero_gradients: int
     seconds: float
 
+    def of(self, mine: np.ndarray) -> "Record":
+        """Returns what it says of the points that are `mine`, [n] bool; its costs are theirs who have its first point."""
+        kept = mine[self.indices]
+        if kept.all():
+            return self
+        costs = {} if kept[0] else {"forwards": 0, "backwards": 0, "zero_gradients": 0, "seconds": 0.0}
+        return dataclasses.replace(
+            self, indices=self.indices[kept], fooled=self.fooled[kept], images=self.images[kept[self.fooled]], **costs)
+
 
 def fingerprint(network: Network, points: dict[str, np.ndarray], keys: Array, configuration: dict, batch: int) -> dict:
     """Returns what tells one evaluation from another, as JSON can hold it: "model", "logits", "data", "key", "configuration".
@@ -74,13 +86,15 @@ def fingerprint(network: Network, points: dict[str, np.ndarray], keys: Array, co
 class Records:
     """The finished batches of one evaluation; without a directory, none are kept."""
 
-    def __init__(self, directory: pathlib.Path | None, kept: dict):
-        self._directory, self._kept, self._number = directory, kept, 0
+    def __init__(self, directory: pathlib.Path | None, kept: dict, writer: str = ""):
+        self._directory, self._kept, self._writer, self._number = directory, kept, writer, 0
         if directory:
-            self._number = max((int(path.stem) for path in _files(directory)), default=0)
+            own = (path.stem.removeprefix(writer) for path in _files(directory) if path.stem.startswith(writer))
+            self._number = max((int(number) for number in own if number.isdigit()), default=0)
 
     @classmethod
-    def open(cls, directory: str | pathlib.Path | None, identity: dict, n: int, shape: tuple[int, ...]) -> "Records":
+    def open(cls, directory: str | pathlib.Path | None, identity: dict, n: int, shape: tuple[int, ...], *,
+             rows: np.ndarray | None = None, writer: str = "") -> "Records":
         """Opens the records of an evaluation, or begins them.
 
         Args:
@@ -88,6 +102,8 @@ class Records:
           identity: from `fingerprint`, with "jaxrd".
           n: number of points.
           shape: of an image.
+          rows: [k] int, the points of which they are wanted; by default all.
+          writer: what the names of new files begin with, where several processes write at once: "process-1-".
 
         Raises:
           InputError: the directory belongs to another evaluation, is no such directory, or is damaged.
@@ -97,18 +113,21 @@ class Records:
         directory = pathlib.Path(directory)
         header = directory / "run.json"
         if not header.is_file():
-            if directory.exists() and (not directory.is_dir() or any(path.suffix != ".tmp" for path in directory.iterdir())):
+            # Unless another process of the same evaluation has begun it meanwhile.
+            if _holds_other_things(directory) and not header.is_file():
                 raise InputError(f'resume directory "{directory}" holds other things; name an empty or a new one')
             directory.mkdir(parents=True, exist_ok=True)
             with replacing(header, "w", encoding="utf-8") as file:
                 json.dump({"format": _FORMAT} | identity, file, indent=1)
-            return cls(directory, {})
+            return cls(directory, {}, writer)
         _check_identity(directory, header, identity)
         kept: dict = {}
+        mine = np.isin(np.arange(n), np.arange(n) if rows is None else rows)
         for path in _files(directory):
-            record = _read(path, n, shape)
-            kept.setdefault((record.stage, record.run), []).append(record)
-        return cls(directory, kept)
+            record = _read(path, n, shape).of(mine)
+            if len(record.indices):
+                kept.setdefault((record.stage, record.run), []).append(record)
+        return cls(directory, kept, writer)
 
     @property
     def finished(self) -> int:
@@ -130,7 +149,7 @@ class Records:
             return
         self._number += 1
         fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-        with replacing(self._directory / f"{self._number:06}.npz") as file:
+        with replacing(self._directory / f"{self._writer}{self._number:06}.npz") as file:
             np.savez(file, **fields)
 
 
@@ -173,7 +192,13 @@ def _read(path, n, shape) -> Record:
 
 
 def _files(directory) -> list[pathlib.Path]:
-    return sorted(path for path in directory.glob("*.npz") if path.stem.isdigit())
+    return sorted(path for path in directory.glob("*.npz") if re.fullmatch(r"(process-\d+-)?\d+", path.stem))
+
+
+def _holds_other_things(directory) -> bool:
+    if not directory.exists():
+        return False
+    return not directory.is_dir() or any(path.suffix != ".tmp" for path in directory.iterdir())
 
 
 def _hash(arrays) -> str:

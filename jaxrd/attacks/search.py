@@ -169,20 +169,27 @@ def _chunk(search) -> int:
     return 100 if not search.differentiates else 1 if jax.default_backend() == "cpu" else 25
 
 
-def score(network: Network, points: dict[str, np.ndarray], keys: Array, *, size: int, mesh: Mesh | None = None) -> np.ndarray:
-    """Returns whether each of `points` ("images", "labels") is classified correctly, [n] bool, in batches of one size.
+def score(network: Network, points: dict[str, np.ndarray], keys: Array, *, size: int, mesh: Mesh | None = None,
+          indices: np.ndarray | None = None) -> np.ndarray:
+    """Returns whether `points[indices]` ("images", "labels") are classified correctly, [k] bool, in batches of one size.
+
+    Args:
+      network, points, keys, mesh: see `run_search`.
+      size: of every batch.
+      indices: [k] int, which of the n points; by default all of them.
 
     Raises:
       InputError: logits that are not finite.
     """
-    correct = np.zeros(len(points["labels"]), bool)
+    indices = np.arange(len(points["labels"])) if indices is None else indices
+    correct = np.zeros(len(indices), bool)
     for first in range(0, len(correct), size):
-        rows = np.arange(first, min(first + size, len(correct)))
+        rows = indices[first:first + size]
         padded = np.resize(rows, size)
         batch = _put({name: points[name][padded] for name in ("images", "labels")} | {"key": keys[padded]}, mesh)
         right, finite = (np.asarray(value)[:len(rows)] for value in _correct(network, batch))
         _check_finite(finite)
-        correct[rows] = right
+        correct[first:first + size] = right
     return correct
 
 

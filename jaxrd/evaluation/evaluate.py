@@ -11,10 +11,10 @@ import numpy as np
 from jaxrd import models
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError
-from jaxrd.evaluation import other_data, record, robustness
+from jaxrd.evaluation import other_data, record, robustness, shares
 from jaxrd.evaluation.plots import is_number
 from jaxrd.evaluation.subject import Subject
-from jaxrd.training import checkpoint, parallel
+from jaxrd.training import checkpoint, parallel, processes
 from jaxrd.training.checks import check_teacher
 from jaxrd.training.log import read_metrics
 from jaxrd.training.loop import open_own_data
@@ -53,6 +53,9 @@ def evaluate(
     in evaluation.json, which otherwise stays as it is; an attack that is on record for the same weights, images and terms is
     not run again, so a call that was killed goes on.
 
+    In a run of several processes all of them make this call. Each attacks its share of the images on its own devices, the main
+    one writes and speaks, and all return the same.
+
     Args:
       workdir: a run directory with a finished checkpoint.
       attacks: names in `robustness.PROTOCOLS` and `robustness.CASCADES`, comma-separated or a list; `ATTACKS` by default, with
@@ -61,14 +64,14 @@ def evaluate(
       split: "test", or "validation" while choosing anything.
       teacher: run directory to measure the gradient alignment with; by default the run's own teacher, if it has one.
       seed: of the random starts.
-      batch_size: images per batch, at most.
+      batch_size: images per batch of a process, at most.
       curve: the attack whose accuracy is measured at several radii, if it is among `attacks`; "none" for no curve, as with
         `data`.
       data: other data, comma-separated or a list: prepared TFDS data sets ("cifar10_1"), patterns ("cifar10_corrupted/*") and
         files (images.npz with `images` and `labels`); their classes and image shape must be the model's.
       data_directory: where TFDS keeps its data sets; by default where the run's configuration says.
       examples: with `data`, only this many images of each, the first; their record is called NAME[:EXAMPLES].
-      devices: devices that share each batch; all by default.
+      devices: devices that share each batch; all by default. Of each process, those of its own.
       say: is given one line per attack (with `data`, per data set), and the progress of cascades.
 
     Returns:
@@ -80,52 +83,45 @@ def evaluate(
     workdir = pathlib.Path(workdir)
     if attacks is None:
         attacks = other_data.ATTACKS if data else ATTACKS
-    chosen = robustness.protocols(attacks)
-    if curve != "none":
-        robustness.protocols(curve)
-    if split not in ("test", "validation"):
-        raise InputError(f'split is "{split}"; use "test" or "validation"')
-    other_data.check_options(data, split=split, teacher=teacher, examples=examples)
-    parallel.check_one_process()
-    mesh = parallel.data_mesh(devices)
-    subject = Subject.open(workdir, step)
+    with processes.together():
+        chosen = robustness.protocols(attacks)
+        if curve != "none":
+            robustness.protocols(curve)
+        if split not in ("test", "validation"):
+            raise InputError(f'split is "{split}"; use "test" or "validation"')
+        other_data.check_options(data, split=split, teacher=teacher, examples=examples)
+        mesh = shares.local_mesh(parallel.data_mesh(devices))
+        subject = Subject.open(workdir, step)
     if data_directory:
         section = dataclasses.replace(subject.config.data, directory=str(data_directory))
         subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, data=section))
     shared = {"mesh": mesh, "seed": seed, "batch_size": batch_size}
 
     def tell(line):
-        say(f"{workdir}: {line}")
+        if processes.is_main():
+            say(f"{workdir}: {line}")
 
     if data:
-        return other_data.evaluate(subject, chosen, data, examples, **shared, say=tell)
-    return _evaluate_own(subject, chosen, split, teacher, curve, shared, tell)
+        found = other_data.evaluate(subject, chosen, data, examples, **shared, say=tell)
+    else:
+        found = _evaluate_own(subject, chosen, split, teacher, curve, shared, tell)
+    return shares.from_main(lambda: found)  # and nobody leaves before the files are written
 
 
 def _evaluate_own(subject: Subject, chosen, split, teacher, curve, shared, tell) -> dict[str, Any]:
     """Evaluates on the run's own data, see `evaluate`."""
     workdir, config, model, variables = subject.workdir, subject.config, subject.model, subject.variables
     imported, threat = subject.origin["imported"], subject.threat
-    if imported and not (config.data.name or config.data.arrays):
-        raise InputError(f"{workdir}: nothing says which images its weights are of; name test images here with --data, or "
-                         "import them again with --data")
-    if split == "validation" and config.data.selection != "validation":
-        raise InputError(f'split is "validation", but the run held no images out (its data.selection is '
-                         f'"{config.data.selection}"); use "test"')
-    dataset, train_source = open_own_data(config)
-    source: Source = getattr(dataset, split)
-    if (source.classes, source.image_shape) != (model.classes, model.image_shape):
-        raise InputError(
-            f"{workdir}: its model takes images {model.image_shape} of {model.classes} classes, {source.name} has "
-            f"{source.image_shape} of {source.classes}; evaluate it on the data it was trained on")
+    with processes.together():
+        source, train_examples = _open_own(subject, split)
     aligned = _open_teacher(subject, teacher, tell)  # before the attacks: a missing one should not cost them
     found = subject.record({
         "name": source.name.split("/")[0], "split": split, "examples": len(source),
-        "train_examples": None if imported else len(train_source),
+        "train_examples": None if imported else train_examples,
         # What chose the best checkpoint; of imported weights nobody here knows.
         "selection": None if imported else config.data.selection}, shared["seed"])
     path = workdir / "evaluation.json"
-    record.keep_earlier(found, record.read(path))
+    record.keep_earlier(found, shares.from_main(lambda: record.read(path)))
 
     results = {}
     for name, result in subject.attacked(
@@ -151,6 +147,24 @@ def _evaluate_own(subject: Subject, chosen, split, teacher, curve, shared, tell)
     return found
 
 
+def _open_own(subject: Subject, split: str) -> tuple[Source, int]:
+    """Returns the images of a split of the run's own data, and how many it trains on."""
+    workdir, config, model, imported = subject.workdir, subject.config, subject.model, subject.origin["imported"]
+    if imported and not (config.data.name or config.data.arrays):
+        raise InputError(f"{workdir}: nothing says which images its weights are of; name test images here with --data, or "
+                         "import them again with --data")
+    if split == "validation" and config.data.selection != "validation":
+        raise InputError(f'split is "validation", but the run held no images out (its data.selection is '
+                         f'"{config.data.selection}"); use "test"')
+    dataset, train_source = open_own_data(config)
+    source: Source = getattr(dataset, split)
+    if (source.classes, source.image_shape) != (model.classes, model.image_shape):
+        raise InputError(
+            f"{workdir}: its model takes images {model.image_shape} of {model.classes} classes, {source.name} has "
+            f"{source.image_shape} of {source.classes}; evaluate it on the data it was trained on")
+    return source, len(train_source)
+
+
 def _open_teacher(subject: Subject, teacher: str, tell) -> tuple[str, models.Model, dict, int] | None:
     """Returns (directory, model, variables, step) of what to measure the gradient alignment with; None where there is none."""
     config, origin, workdir = subject.config, subject.origin, subject.workdir
@@ -161,15 +175,16 @@ def _open_teacher(subject: Subject, teacher: str, tell) -> tuple[str, models.Mod
         return None
     began_with = origin["teacher_step"] if own_teacher else None
     try:
-        model, variables, found = checkpoint.restore_model(teacher, "last" if began_with is None else began_with)
-        model = models.create(**model.specification | {"dtype": "float32"})
-        check_teacher(teacher, model, subject.model)
-        if own_teacher and origin["teacher_file"] != checkpoint.file_of(found):
-            raise InputError(f"{teacher} holds other weights now than those that this run was distilled from")
+        with processes.together():  # all compare gradients, or none
+            model, variables, found = checkpoint.restore_model(teacher, "last" if began_with is None else began_with)
+            model = models.create(**model.specification | {"dtype": "float32"})
+            check_teacher(teacher, model, subject.model)
+            if own_teacher and origin["teacher_file"] != checkpoint.file_of(found):
+                raise InputError(f"{teacher} holds other weights now than those that this run was distilled from")
         return teacher, model, variables, found["step"]
     except InputError as error:
         if not own_teacher:
-            raise InputError(f"--teacher: {error}") from None
+            raise type(error)(f"--teacher: {error}") from None
         tell(f"no gradient alignment: its teacher cannot be read ({error}); name one with --teacher")
         return None
 
@@ -193,6 +208,8 @@ def _write_gallery(workdir, model, variables, source, threat, result, shared) ->
         adversarial = result.images
     else:
         adversarial = result.images[rows]
+    if not processes.is_main():
+        return
     (workdir / "evaluation").mkdir(exist_ok=True)
     np.savez_compressed(
         workdir / "evaluation" / "gallery.npz", images=images, adversarial=adversarial, labels=picked.labels,

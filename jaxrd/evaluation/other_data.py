@@ -17,8 +17,9 @@ import numpy as np
 from jaxrd.data.opening import open_test
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError, need
-from jaxrd.evaluation import record, robustness
+from jaxrd.evaluation import record, robustness, shares
 from jaxrd.evaluation.subject import Subject
+from jaxrd.training import processes
 
 ATTACKS = "clean,pgd20"
 
@@ -62,7 +63,8 @@ def evaluate(
     Raises:
       InputError: a data set that cannot be opened or does not fit the model, before any of them is evaluated.
     """
-    sources = _open(subject, data, examples)
+    with processes.together():
+        sources = _open(subject, data, examples)
     weights = record.fingerprint(jax.tree.leaves(subject.variables))
     path = subject.workdir / "evaluation.json"
     records = {}
@@ -71,8 +73,12 @@ def evaluate(
             "name": name, "split": "test", "examples": len(source), "of": size,
             "sha256": record.fingerprint([source.images, source.labels])}, seed)
         found["run"]["sha256"] = weights
-        record.keep_earlier(found, _moved_here(record.read(path).get(record.OTHER_DATA), name, found))
-        missing = {attack: protocol for attack, protocol in chosen.items() if not _on_record(subject, found, attack, protocol)}
+        earlier = shares.from_main(lambda name=name, found=found: _moved_here(
+            record.read(path).get(record.OTHER_DATA), name, found))
+        record.keep_earlier(found, earlier)
+        known = shares.from_main(lambda found=found: [
+            attack for attack, protocol in chosen.items() if _on_record(subject, found, attack, protocol)])
+        missing = {attack: protocol for attack, protocol in chosen.items() if attack not in known}
         seconds = 0.0
         for _, result in subject.attacked(
                 source, missing, found, data=file_name(name), mesh=mesh, seed=seed, batch_size=batch_size, say=say):

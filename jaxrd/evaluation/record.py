@@ -17,6 +17,7 @@ from jaxrd import files
 from jaxrd.errors import InputError
 from jaxrd.evaluation.names import MEASURES
 from jaxrd.evaluation.plots import is_number
+from jaxrd.training import processes
 from jaxrd.training.log import write_json
 
 OTHER_DATA = "other_data"
@@ -36,11 +37,15 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 def write(path: pathlib.Path, record: dict[str, Any], name: str = "") -> None:
     """Writes one record and leaves the others as they are in the file now, which another evaluation may just have written.
 
+    Of a run of several processes, the main one writes.
+
     Args:
       path: evaluation.json.
       record: of the run's own data, which is given the records of other data; or of `name`.
       name: of other data.
     """
+    if not processes.is_main():
+        return
     with files.alone(path.with_name(f".{path.name}.lock")):
         content = read(path)
         others = content.get(OTHER_DATA)

@@ -2,6 +2,9 @@
 
 Every random number follows the index of its image, so the same model, images and seed give the same answer whatever the batch
 size, the padding or the number of devices. `PROTOCOLS` are attacks of fixed step size, `CASCADES` the versions of AutoAttack.
+
+In a run of several processes all of them make the same call. Each attacks its share of the points on its own devices, and all
+return the same result, that of one process up to rounding (`shares`).
 """
 
 import dataclasses
@@ -16,17 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrd import models
-from jaxrd.attacks import AutoAttackResult, autoattack
+from jaxrd.attacks import AutoAttackResult
+from jaxrd.attacks.autoattack import prepare
 from jaxrd.attacks.iterated import Ascent
 from jaxrd.attacks.network import Network
 from jaxrd.attacks.search import batch_sizes, run_search, score
 from jaxrd.data.augment import to_float
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError
-from jaxrd.evaluation import alignment
+from jaxrd.evaluation import alignment, shares
 from jaxrd.models import Model
 from jaxrd.threat import ThreatModel, example_keys
-from jaxrd.training import parallel
+from jaxrd.training import parallel, processes
 
 Array = jax.Array
 
@@ -122,7 +126,7 @@ class Result:
     Attributes:
       robust: [n] bool, still classified correctly.
       images: [n, h, w, c] float32, the adversarial images (of the last run that moved each); None if not kept.
-      seconds: wall time.
+      seconds: wall time, of the slowest process.
       cascade: stage by stage, for a `Cascade`.
     """
 
@@ -169,49 +173,70 @@ def run_attack(
 
     Args:
       model: the model, applied in eval mode.
-      variables: its variables.
+      variables: its variables, on the host, on devices of this process, or replicated or divided over those of all processes.
       source: images and labels.
       protocol: the attack.
       threat: norm and radius.
-      mesh: devices that share each batch.
+      mesh: devices that share each batch; in several processes each takes those of its own.
       seed: of the random starts.
-      batch_size: images per batch, at most; rounded so that batches are equal and the devices can share them.
+      batch_size: images per batch of a process, at most; rounded so that batches are equal and the devices can share them.
       keep_images: without, `Result.images` is None.
-      resume: a directory for what a cascade has finished, to go on from; see `jaxrd.attacks.autoattack`.
-      say: is given the progress of a cascade.
+      resume: a directory for what a cascade has finished, to go on from; see `jaxrd.attacks.autoattack`. Several processes
+        share it, and any number of them may go on.
+      say: is given the progress of a cascade, in the main process that of its share.
 
     Raises:
-      InputError: the model gives logits that are not finite; a resume directory of another evaluation.
+      InputError: the model gives logits that are not finite; a resume directory of another evaluation. Where one process meets
+        them, all raise.
     """
     began = time.perf_counter()
     n = len(source)
-    network = Network(models.logits_fn(model, jax.device_put(variables, parallel.replicated(mesh))))
-    points = {"images": float_images(source.images), "labels": np.asarray(source.labels, np.int32)}
-    size = _equal_batches(n, batch_size)
-    key = jax.random.key(seed)
-    try:
-        if isinstance(protocol, Cascade):
-            found = autoattack(key, network, points["images"], points["labels"], threat=threat, version=protocol.version,
-                               batch_size=size, mesh=mesh, resume=resume, say=say)
-            return Result(found.robust, found.images if keep_images else None, time.perf_counter() - began, found)
-        sizes = batch_sizes(size, mesh.size)
-        adversarial, robust = points["images"].copy() if keep_images else None, np.ones(n, bool)
-        keys = example_keys(key, n)
-        worst_case = len(protocol.runs) > 1
-        if worst_case or not protocol.runs:
-            robust = score(network, points, keys, size=sizes[0], mesh=mesh)
-        points["step_size"] = np.full(n, protocol.relative_step * threat.epsilon, np.float32)
-        for number, (objective, _) in enumerate(protocol.runs):
-            search = Ascent(OBJECTIVES[objective], protocol.steps, protocol.start, protocol.momentum)
-            keys = example_keys(jax.random.fold_in(key, number), n)
-            left = np.flatnonzero(robust) if worst_case else np.arange(n)
-            for batch in run_search(search, network, points, keys, left, threat, sizes=sizes, mesh=mesh):
-                robust[batch.indices] = ~batch.fooled
-                if keep_images:
-                    adversarial[batch.indices] = batch.images
-    except InputError as error:
-        raise InputError(f"{error} (model {model.name})") from None
-    return Result(robust, adversarial, time.perf_counter() - began)
+    rows = shares.rows(n)
+    variables = shares.local(variables)
+    say = say if processes.is_main() else None
+    with processes.together():
+        mesh = shares.local_mesh(mesh)
+        network = Network(models.logits_fn(model, jax.device_put(variables, parallel.replicated(mesh))))
+        points = {"images": float_images(source.images), "labels": np.asarray(source.labels, np.int32)}
+        size = _equal_batches(shares.largest(n), batch_size)
+        key = jax.random.key(seed)
+        try:
+            if isinstance(protocol, Cascade):
+                job = prepare(key, network, points["images"], points["labels"], threat=threat, version=protocol.version,
+                              batch_size=size, mesh=mesh)
+                writer = f"process-{jax.process_index()}-" if jax.process_count() > 1 else ""
+                outcome = job.attack(rows, resume=resume, say=say, writer=writer)
+            else:
+                robust, adversarial = _attack(network, points, rows, protocol, threat, key, size, mesh, keep_images)
+        except InputError as error:
+            raise InputError(f"{error} (model {model.name})") from None
+    if isinstance(protocol, Cascade):
+        found = job.result(shares.complete_outcome(outcome), say)
+        robust, adversarial = found.robust, found.images if keep_images else None
+    else:
+        found, robust = None, shares.complete(robust)
+        adversarial = shares.complete(adversarial) if keep_images else None
+    return Result(robust, adversarial, shares.longest(time.perf_counter() - began), found)
+
+
+def _attack(network, points, rows, protocol: Protocol, threat, key, size, mesh, keep_images):
+    """Returns (robust [n], images [n, h, w, c] or None), in which `rows` have been attacked; see `run_attack`."""
+    n, sizes = len(points["labels"]), batch_sizes(size, mesh.size)
+    adversarial, robust = points["images"].copy() if keep_images else None, np.ones(n, bool)
+    keys = example_keys(key, n)
+    worst_case = len(protocol.runs) > 1
+    if worst_case or not protocol.runs:
+        robust[rows] = score(network, points, keys, size=sizes[0], mesh=mesh, indices=rows)
+    points = points | {"step_size": np.full(n, protocol.relative_step * threat.epsilon, np.float32)}
+    for number, (objective, _) in enumerate(protocol.runs):
+        search = Ascent(OBJECTIVES[objective], protocol.steps, protocol.start, protocol.momentum)
+        keys = example_keys(jax.random.fold_in(key, number), n)
+        left = rows[robust[rows]] if worst_case else rows
+        for batch in run_search(search, network, points, keys, left, threat, sizes=sizes, mesh=mesh):
+            robust[batch.indices] = ~batch.fooled
+            if keep_images:
+                adversarial[batch.indices] = batch.images
+    return robust, adversarial
 
 
 def robustness_curve(model, variables, source, threat: ThreatModel, radii: list[float], *, mesh, seed=0, batch_size=256,
@@ -242,12 +267,15 @@ def robustness_curve(model, variables, source, threat: ThreatModel, radii: list[
 
 def gradient_alignment(student, student_variables, teacher, teacher_variables, source, *, mesh, batch_size=256) -> dict:
     """Returns the mean gradient distance and cosine of two models over `source`, with their definition."""
+    student_variables, teacher_variables = shares.local((student_variables, teacher_variables))
+    with processes.together():
+        mesh = shares.local_mesh(mesh)
     sums, replicated = np.zeros(2), parallel.replicated(mesh)
     student_variables, teacher_variables = jax.device_put((student_variables, teacher_variables), replicated)
-    for _, rows, batch in _batches(source, np.arange(len(source)), batch_size, mesh):
+    for _, rows, batch in _batches(source, shares.rows(len(source)), batch_size, mesh):
         measured = _alignment(student, student_variables, teacher, teacher_variables, batch["images"], batch["labels"])
         sums += np.sum(np.asarray(measured)[:, rows], axis=1)
-    distance, cosine = sums / len(source)
+    distance, cosine = shares.total(sums) / len(source)
     return {"gradient_distance": float(distance), "gradient_cosine": float(cosine), "definition": alignment.DEFINITION}
 
 
@@ -258,8 +286,8 @@ def float_images(images: np.ndarray) -> np.ndarray:
 
 
 def predictions(model: Model, variables: dict, images: np.ndarray) -> np.ndarray:
-    """Returns the predicted class of a few images, [n] int."""
-    return np.asarray(_predict(model, variables, jnp.asarray(images)))
+    """Returns the predicted class of a few images, [n] int; each process computes all of them."""
+    return np.asarray(_predict(model, shares.local(variables), jnp.asarray(images)))
 
 
 def _equal_batches(n: int, batch_size: int) -> int:
@@ -269,7 +297,7 @@ def _equal_batches(n: int, batch_size: int) -> int:
 
 def _batches(source: Source, indices: np.ndarray, batch_size: int, mesh) -> Iterator[tuple[np.ndarray, slice, dict]]:
     """Yields (indices, the rows that are theirs, sharded batch): equal batches, the last one padded by repeating images."""
-    size = math.ceil(_equal_batches(len(source), batch_size) / mesh.size) * mesh.size
+    size = math.ceil(_equal_batches(shares.largest(len(source)), batch_size) / mesh.size) * mesh.size
     for first in range(0, len(indices), size):
         part = indices[first:first + size]
         batch = parallel.put_batch(source.batch(np.resize(part, size)), mesh)

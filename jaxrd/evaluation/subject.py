@@ -14,7 +14,7 @@ from jaxrd.data.source import Source
 from jaxrd.evaluation import robustness
 from jaxrd.models.batch_norm_sets import select_set
 from jaxrd.threat import ThreatModel
-from jaxrd.training import checkpoint
+from jaxrd.training import checkpoint, processes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +108,8 @@ class Subject:
             record["attacks"][name] = protocol.definition(self.threat.epsilon)
             if cascade:
                 file = directory / "result.npz"
-                result.cascade.save(file)
+                if processes.is_main():
+                    result.cascade.save(file)
                 record["cascades"][name] = _stages(result.cascade) | {"file": str(file.relative_to(self.workdir))}
                 say(f"{name}, stage by stage: " + ", ".join(
                     f"{stage} {accuracy:.1%}" for stage, accuracy in result.cascade.per_attack_accuracy.items()))

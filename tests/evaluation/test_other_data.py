@@ -114,20 +114,26 @@ def short_cascade(request, monkeypatch):
     for name, value in (("_STEPS", 3), ("_QUERIES", 10), ("_TARGETS", 1)):
         monkeypatch.setattr(module, name, value)
 
-    def double(key, network, images, labels, *, threat, version, batch_size, mesh, resume, say):
-        if (resume / "images.npy").exists():
-            np.testing.assert_array_equal(np.load(resume / "images.npy"), images)
-        resume.mkdir(parents=True, exist_ok=True)
-        np.save(resume / "images.npy", images)
-        n = len(labels)
-        robust = np.arange(n) % 2 == 0
-        return attacks.AutoAttackResult(
-            images, labels, robust, np.ones(n, bool), np.where(robust, -1, 2), ("clean", "apgd-ce", "apgd-t"),
-            {"clean": 1.0, "apgd-ce": 0.9, "apgd-t": robust.mean()}, np.zeros(n, np.float32), np.arange(n), [],
-            {"clean": (n, 0)}, {}, {"clean": 0.1}, robust.mean(), version, threat, {})
+    class Double:
+        def __init__(self, key, network, images, labels, *, threat, version, batch_size, mesh):
+            self.images, self.labels, self.threat, self.version = images, labels, threat, version
+
+        def attack(self, rows, *, resume, say, writer):
+            if (resume / "images.npy").exists():
+                np.testing.assert_array_equal(np.load(resume / "images.npy"), self.images)
+            resume.mkdir(parents=True, exist_ok=True)
+            np.save(resume / "images.npy", self.images)
+
+        def result(self, outcome, say):
+            n = len(self.labels)
+            robust = np.arange(n) % 2 == 0
+            return attacks.AutoAttackResult(
+                self.images, self.labels, robust, np.ones(n, bool), np.where(robust, -1, 2), ("clean", "apgd-ce", "apgd-t"),
+                {"clean": 1.0, "apgd-ce": 0.9, "apgd-t": robust.mean()}, np.zeros(n, np.float32), np.arange(n), [],
+                {"clean": (n, 0)}, {}, {"clean": 0.1}, robust.mean(), self.version, self.threat, {})
 
     if request.param == "double":
-        monkeypatch.setattr(robustness, "autoattack", double)
+        monkeypatch.setattr(robustness, "prepare", Double)
 
 
 def correct(workdir, pixels, labels):
