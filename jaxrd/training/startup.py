@@ -31,7 +31,7 @@ def initialize(
     coordinator: str | None = None, processes: int | None = None, process_id: int | None = None, *,
     local_devices: int | None = None, timeout: float = 300.0, silence: float | None = None,
 ) -> str:
-    """Makes this process one of several, where it is one: given so, else by a cluster that JAX detects, else it is alone.
+    """Makes this process one of several, as the arguments say, else as a cluster that JAX detects says.
 
     Call it before anything that starts a JAX backend.
 

@@ -35,14 +35,14 @@ def test_processes_join_compute_and_end():
 
 
 @pytest.mark.parametrize("how, says", [
-    ("refuse", "error: process 1: refused by one alone\n"),
-    pytest.param("all refuse", "error: the same in all\n", marks=pytest.mark.slow),
-    ("together", "error: process 1: refused, together\n"),
+    ("refuse", r"error: process 1: refused by one alone\n"),
+    pytest.param("all refuse", r"error: (process 1: )?the same in all\n", marks=pytest.mark.slow),  # whose came first
+    ("together", r"error: process 1: refused, together\n"),
 ])
 def test_a_refusal_is_said_once_and_ends_all(how, says):
     done = two(f"--how={how}")
     assert done.returncode == 1
-    assert re.fullmatch(re.escape(says) + r"process \d ended with status 1\n", done.stderr)
+    assert re.fullmatch(says + r"process \d ended with status 1\n", done.stderr)
 
 
 def test_a_bug_of_one_keeps_its_traceback_and_ends_all():
