@@ -11,6 +11,7 @@ its architecture: --teacher_model=resnet6_w32.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -20,7 +21,7 @@ import time
 
 from absl import flags
 
-from launch import command
+from launch import command, start
 
 _REPEATS = flags.DEFINE_integer(
     "repeats", None, "Timed calls of each part, 30 by default (5 with --attacks, 7 with --input); the median is printed.",
@@ -34,20 +35,23 @@ _ATTACKS = flags.DEFINE_list(
 _INPUT = flags.DEFINE_string(
     "input", None, 'Time the input alone: "data" for the images of the config, or 50,000 random ones of a shape, such as '
     "32x32x3; batch size and augmentation are the config's.")
+start.define_flags()
 
 
 def main() -> None:
     config = command.config()
-    from jaxrd.training import parallel
+    start.initialize()
+    from jaxrd.training import parallel, processes
     parallel.prepare_process()  # as training does
-    if _METHODS.value:
-        compare(config, [name.strip() for name in _METHODS.value])
-    elif _ATTACKS.value:
-        attacks_on(config, [name.strip() for name in _ATTACKS.value])
-    elif _INPUT.value:
-        input_of(config)
-    else:
-        parts_of(config)
+    with contextlib.nullcontext() if processes.is_main() else contextlib.redirect_stdout(None):
+        if _METHODS.value:
+            compare(config, [name.strip() for name in _METHODS.value])
+        elif _ATTACKS.value:
+            attacks_on(config, [name.strip() for name in _ATTACKS.value])
+        elif _INPUT.value:
+            input_of(config)
+        else:
+            parts_of(config)
 
 
 def compare(config, names: list[str]) -> None:

@@ -14,6 +14,7 @@ from ml_collections import config_dict, config_flags
 
 from jaxrd import config as configs
 from jaxrd.errors import InputError
+from launch import start
 
 flags.disclaim_key_flags()  # --config is a flag of the command that asks for it, and stands in its help
 
@@ -42,17 +43,53 @@ def config() -> configs.Config:
 def run(main: Callable[[], None]) -> None:
     """Parses the command line and calls `main()`; a user's mistake ends in one line on stderr and exit status 1.
 
-    Any other exception is a bug and keeps its traceback.
+    Any other exception is a bug and keeps its traceback. Of several processes one speaks, and all end: with the status of the
+    one that failed, or 75 where one was lost.
     """
     _silence_libraries()
     try:
-        app.run(lambda _: main(), flags_parser=_parse)
+        app.run(lambda _: _together(main), flags_parser=_parse)
     except InputError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        raise SystemExit(1) from None
+        alone = start.supposed_process_id() == 0 or sys.stderr.isatty()
+        if getattr(error, "speaks", alone or isinstance(error, HereError)):
+            print(_line(error), file=sys.stderr)
+        raise SystemExit(getattr(error, "status", 1)) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+class HereError(InputError):
+    """What is wrong with the files of this machine, so that every process for which it is says so."""
+
+
+def _line(error: InputError, process: int | None = None) -> str:
+    return f"error: {'' if process is None else f'process {process}: '}{' '.join(str(error).splitlines())}"
+
+
+def _together(main: Callable[[], None]) -> None:
+    """Calls `main()`; what ends it in one of several processes ends them all."""
+    try:
+        main()
+    except BaseException as error:
+        from jaxrd.training import startup
+
+        process = startup.process_id()
+        if process is None:
+            raise
+        if isinstance(error, InputError):
+            shared = process == 0 or type(error).__name__ == "SharedInputError"
+            startup.fail(1, _line(error, None if shared else process) + "\n")
+        if isinstance(error, SystemExit | KeyboardInterrupt):  # a scheduler's signal, at which all of them stop
+            startup.finish(patience=60)
+            if process and isinstance(error, KeyboardInterrupt):
+                raise SystemExit(130) from None
+            raise
+        if what := startup.lost_process(error):
+            startup.end_as_lost(what)
+        startup.fail(1, f"process {process}:\n{traceback.format_exc()}")
+    if startup := sys.modules.get("jaxrd.training.startup"):
+        startup.finish()
 
 
 def _silence_libraries() -> None:
@@ -120,7 +157,7 @@ def _check_config(argv: list[str]) -> str:
         names = [str(other) for folder in (path.parent, pathlib.Path("configs")) for other in folder.glob("*.py")]
         close = difflib.get_close_matches(str(path), names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"give one such as {_EXAMPLE}"
-        raise InputError(f"--config={file}: no such file; {hint}")
+        raise HereError(f"--config={file}: no such file; {hint}")
     return str(path)
 
 

@@ -13,7 +13,7 @@ import pathlib
 from absl import flags
 
 from jaxrd.errors import InputError
-from launch import command
+from launch import command, start
 
 _WORKDIR = flags.DEFINE_list("workdir", [], "Run directories, comma-separated.")
 _ATTACKS = flags.DEFINE_string(
@@ -35,6 +35,7 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS data sets lie; by 
 _EXAMPLES = flags.DEFINE_integer(
     "examples", None, "With --data: only the first so many images of each, for a quick look.", lower_bound=1)
 _REPORT = flags.DEFINE_string("report", None, "Where to write the report that compares the runs.")
+start.define_flags()
 
 
 def main() -> None:
@@ -44,9 +45,10 @@ def main() -> None:
         raise InputError("--workdir is missing; give run directories, such as --workdir=runs/a,runs/b")
     for workdir in _WORKDIR.value:  # before the first of them is evaluated
         if not pathlib.Path(workdir).is_dir():
-            raise InputError(f"--workdir={workdir}: no such run directory; train it first, or correct the path")
+            raise command.HereError(f"--workdir={workdir}: no such run directory; train it first, or correct the path")
     if _REPORT.value and pathlib.Path(_REPORT.value).is_dir():
         raise InputError(f"--report={_REPORT.value} is a directory; name a file in it, such as report.html")
+    start.initialize()
     from jaxrd.evaluation import evaluate, report
     from jaxrd.training import parallel, processes
     parallel.enable_compilation_cache()

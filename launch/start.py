@@ -1,0 +1,37 @@
+"""The flags of the commands that run as several processes: given by hand, by `launch.local`, or found in a cluster."""
+
+import os
+import re
+import sys
+
+from absl import flags
+
+flags.disclaim_key_flags()  # they stand in the help of the commands that take them
+
+
+def define_flags() -> None:
+    """Defines how this process finds the others."""
+    flags.DEFINE_string("coordinator", None, "Of several processes: HOST:PORT of process 0. By default what the cluster says.")
+    flags.DEFINE_integer("processes", None, "How many processes there are. By default what the cluster says, else 1.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0. By default what the cluster says.")
+    flags.DEFINE_integer("cpu_devices", None, "Run on so many fake CPU devices in each process.")
+    flags.DEFINE_float("start_timeout", 300.0, "Seconds to wait for the other processes.")
+
+
+def initialize() -> None:
+    """Makes this process one of several where flags or a cluster say so; first in main, before JAX starts a backend."""
+    from jaxrd.training import startup
+
+    values = flags.FLAGS
+    startup.initialize(values.coordinator, values.processes, values.process_id, local_devices=values.cpu_devices,
+                       timeout=values.start_timeout)
+
+
+def supposed_process_id() -> int:
+    """Returns which process this seems to be before anything is parsed, so that one alone answers a wrong command."""
+    for argument in sys.argv:
+        if match := re.fullmatch(r"--?process_id=(\d+)", argument):
+            return int(match[1])
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        return int(os.environ.get("SLURM_PROCID", 0))
+    return int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))
