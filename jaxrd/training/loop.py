@@ -107,7 +107,7 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
         train_source, mesh, seed=config.seed, batch_size=batch_size, first=step, last=steps,
         partners=recipe.augmentation.mixes, negatives=recipe.method.negatives, resident=config.data.resident,
         accumulation=recipe.accumulation)
-    stop = StopSignal()
+    stop = StopSignal(mesh)
     with stop, feeder:
         for batch in feeder:
             if recipe.method.attack.two_classes:
@@ -127,8 +127,8 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
                 # Not far ahead of the device: a signal to stop waits for every step that is in flight.
                 jax.block_until_ready(pending[-3])
             log.advance(step)
-            # Read once, so that a signal between two of the lines below cannot stop a run that was not saved.
-            stopping = stop.after(step)
+            # Asked once, so that a signal between two of the lines below cannot stop a run that was not saved.
+            stopping = stop.after_step()
             last, due = step == steps, step % checkpoint_every == 0
             if step % config.training.log_every == 0 or due or last or stopping:
                 train_metrics = _mean_metrics(pending, step, config, checkpoints)
