@@ -2,7 +2,7 @@
 
 One step holds the state, and as metadata the configuration, the model's specification and the validation metrics. Saves are
 asynchronous and atomic: a step appears under its number when it is complete, or not at all. The newest few are kept, and the
-best one by validation PGD accuracy.
+best one by validation PGD accuracy, and those of regular intervals where asked for.
 """
 
 import contextlib
@@ -25,18 +25,20 @@ BEST_METRIC = "validation/pgd_accuracy"
 class Checkpoints:
     """The checkpoints under `workdir/checkpoints`; a context manager that waits for the last save when it closes."""
 
-    def __init__(self, workdir: str | pathlib.Path, *, keep: int | None = None):
+    def __init__(self, workdir: str | pathlib.Path, *, keep: int | None = None, keep_every: int | None = None):
         """Opens them.
 
         Args:
           workdir: the run directory.
           keep: how many of the newest a later `save` leaves, besides the best; None to read only.
+          keep_every: steps of which every multiple that is saved stays, besides those; None for none.
         """
         policies = ocp.training.preservation_policies
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         preserve = policies.PreserveAll() if keep is None else policies.AnyPreservationPolicy([
             policies.LatestN(keep),
             policies.BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False),
+            *([policies.EveryNSteps(keep_every)] if keep_every else []),
         ])
         with _damage_explained(self.directory, culprit=_unreadable_metrics):
             self._checkpointer = ocp.training.Checkpointer(

@@ -18,7 +18,7 @@ import optax
 
 from jaxrd import objectives
 from jaxrd.data import augment as augmenting
-from jaxrd.distillation.composition import Method, Term, check_mixing
+from jaxrd.distillation.composition import Method, Term, check_label_smoothing, check_mixing
 from jaxrd.distillation.inner_maximisation import Context, InnerMaximisation
 from jaxrd.distillation.views import View
 from jaxrd.distillation.weight_perturbation import perturb_weights
@@ -26,6 +26,7 @@ from jaxrd.errors import InputError, one_line
 from jaxrd.models.zoo import Model
 from jaxrd.threat import example_keys
 from jaxrd.training import parallel
+from jaxrd.training.snapshots import Snapshots
 from jaxrd.training.state import TrainState
 
 Array = jax.Array
@@ -44,6 +45,9 @@ class Recipe:
       steps: length of training, for the ramps.
       augmentation: crops, flips, mixing and cutout of the images.
       weight_average: decay of the weight average; 0 for none.
+      snapshots: the steps whose weights a stochastic weight average takes, in place of a decaying one; None for none.
+      label_smoothing: s in (1 - s) y + s / classes, the labels that the terms of the loss read; attacks, views and monitors
+        read y.
       attack_batch_statistics: normalise the student's attack forwards by their own batch statistics instead of the running
         ones (running statistics never move in an attack).
     """
@@ -56,7 +60,14 @@ class Recipe:
     steps: int
     augmentation: augmenting.Augmentation = augmenting.Augmentation()
     weight_average: float = 0.0
+    snapshots: Snapshots | None = None
+    label_smoothing: float = 0.0
     attack_batch_statistics: bool = False
+
+    @property
+    def averages(self) -> bool:
+        """Whether the state holds an average of the weights."""
+        return self.weight_average > 0 or self.snapshots is not None
 
 
 def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
@@ -69,9 +80,10 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
     Metrics are scalars: means over the global batch.
 
     Raises:
-      InputError: a method that cannot take the soft labels of mixed images.
+      InputError: a method that cannot take the soft labels of mixed images, or smooth ones.
     """
     check_mixing(recipe.method, recipe.augmentation)
+    check_label_smoothing(recipe.method, recipe.label_smoothing)
     if recipe.augmentation.mixes:
         _probe_soft_labels(recipe)
 
@@ -203,7 +215,8 @@ def gradients_of(
                 continue
             student |= _interleaved(network, {view.name: views[view.name] for view in forward})
             batch_stats = moved if first.updates_statistics else batch_stats
-        loss, terms = method.loss(student, teacher, labels, progress, negative_labels)
+        targets = objectives.smooth_labels(labels, recipe.label_smoothing, recipe.student.classes)
+        loss, terms = method.loss(student, teacher, targets, progress, negative_labels)
         metrics = {"loss": loss, **terms}
         metrics |= method.monitored(student, teacher, labels, negative_labels)
         metrics |= {f"weight/{name}": weight for name, weight in method.weights(progress).items()}
@@ -278,6 +291,7 @@ def update(recipe, state, gradients, batch_stats) -> TrainState:
     average = state.average
     if average is not None:
         newest = {"params": params, "batch_stats": batch_stats}
-        average = optax.incremental_update(newest, average, 1 - recipe.weight_average)
+        rate = recipe.snapshots.rate(state.step + 1) if recipe.snapshots else 1 - recipe.weight_average
+        average = optax.incremental_update(newest, average, rate)
     return state.replace(
         step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, average=average)
