@@ -78,8 +78,8 @@ class AttackConfig:
 class OptimizerConfig:
     name: str = documented("sgd", '"sgd", or for large batches "lars" or "lamb", with a learning rate of their own')
     learning_rate: float = documented(0.1, "peak learning rate, before scaling")
-    scaling: str = documented("none", 'of learning_rate: "linear" (times batch_size / scaling_batch), "sqrt" (times its square '
-                              'root) or "none"')
+    scaling: str = documented("none", 'of learning_rate: "linear" (times batch_size / scaling_batch), "sqrt" (times its '
+                              'square root) or "none"')
     scaling_batch: int = documented(128, "the batch size that learning_rate is meant for")
     momentum: float = documented(0.9, "momentum (sgd, lars)")
     nesterov: bool = documented(False, "Nesterov momentum (sgd, lars)")

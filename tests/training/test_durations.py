@@ -33,7 +33,8 @@ def test_what_means_the_same_is_kept_as_the_same():
 
 @pytest.mark.parametrize("value", [
     "", "epochs", "2 weeks", "two epochs", "-1", -0.5, 1.5, "1.5", "1.5 steps", "101%", "-5%", "nan", float("nan"),
-    "inf epochs", float("inf"), "1/0", True, None, [1], {"steps": 1}, "2 epochs and 5 steps", "5 % epochs", "0x10 steps", "2\nepochs\n1"])
+    "inf epochs", float("inf"), "1/0", True, None, [1], {"steps": 1}, "2 epochs and 5 steps",
+    "5 % epochs", "0x10 steps", "2\nepochs\n1"])
 def test_nonsense_is_refused_with_all_that_it_could_be(value):
     assert_input_error(lambda: durations.parse(value), repr(value)[:20], "500 steps", "2 epochs", "100000 examples", "5%")
 
