@@ -21,6 +21,13 @@ One epoch is some 380 steps of 10 forward and backward passes: meant for acceler
 2 % of the training images (1,000) are held out for it; the papers train on all 50,000. IGDM's code takes the last epoch
 (data.selection=last), DGAD's the best by PGD-10 on the test images (data.selection=test).
 
+Large batches, on many devices: the rate in proportion to the batch, after 5 epochs of warm-up (Goyal et al. 2017), or LARS or
+LAMB with a rate of their own, which wants a search; none was made here. Every 5 % of training is a checkpoint:
+
+    --config.training.batch_size=4096 --config.training.checkpoint_every=5% --config.optimizer.warmup="5 epochs"
+        --config.optimizer.scaling=linear         (to 0.1 * 4096 / 128 = 3.2)
+        --config.optimizer.name=lars --config.optimizer.learning_rate=...
+
 PUBLISHED numbers, single runs: clean / PGD-20 / AutoAttack. None has been reproduced with this file yet.
 
               ResNet-18, LTD teacher (IGDM, table 3)         MobileNetV2, LTD teacher (IGDM, table 11)

@@ -32,6 +32,7 @@ def get_config(argument: str = ""):
         data=DataConfig(name="jaxrd_digits", examples=None if teacher else 100),
         threat=ThreatConfig("linf", 0.2),
         attack=AttackConfig(steps=10, step_size=0.05),
-        optimizer=OptimizerConfig(learning_rate=0.1, nesterov=True, schedule="cosine", warmup=0.1),
+        optimizer=OptimizerConfig(
+            learning_rate=0.1, scaling_batch=64, nesterov=True, schedule="cosine", warmup=0.1),
         training=TrainingConfig(steps=600 if teacher else 500, batch_size=64, weight_average=0.99, checkpoint_every=100),
     )), overrides)

@@ -21,15 +21,17 @@ from ml_collections import config_dict
 from jaxrd import distillation, models
 from jaxrd.data.augment import Augmentation
 from jaxrd.distillation.catalogue import MethodConfig, documented, parse_name
-from jaxrd.distillation.composition import check_accumulation, check_mixing
+from jaxrd.distillation.composition import check_accumulation, check_label_smoothing, check_mixing
 from jaxrd.errors import InputError, nearest_multiples
 from jaxrd.threat import ThreatModel
+from jaxrd.training import durations
+from jaxrd.training.durations import Duration
 
 
 # Fields that say how a run is watched and stored, not what it computes: a resumed run may change them.
 BOOKKEEPING = (
-    "data.directory", "data.resident", "training.log_every", "training.checkpoint_every", "training.keep", "training.shard_state",
-    "training.writers")
+    "data.directory", "data.resident", "training.log_every", "training.checkpoint_every", "training.keep",
+    "training.keep_every", "training.shard_state", "training.writers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,27 +76,41 @@ class AttackConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = documented(0.1, "peak learning rate of SGD")
-    momentum: float = documented(0.9, "momentum")
-    nesterov: bool = documented(False, "Nesterov momentum")
-    weight_decay: float = documented(5e-4, "coupled weight decay, on all parameters")
+    name: str = documented("sgd", '"sgd", or for large batches "lars" or "lamb", with a learning rate of their own')
+    learning_rate: float = documented(0.1, "peak learning rate, before scaling")
+    scaling: str = documented("none", 'of learning_rate: "linear" (times batch_size / scaling_batch), "sqrt" (times its '
+                              'square root) or "none"')
+    scaling_batch: int = documented(128, "the batch size that learning_rate is meant for")
+    momentum: float = documented(0.9, "momentum (sgd, lars)")
+    nesterov: bool = documented(False, "Nesterov momentum (sgd, lars)")
+    weight_decay: float = documented(5e-4, "weight decay: coupled, on all parameters (lars, lamb: not BatchNorm's nor biases)")
+    trust_coefficient: float = documented(0.001, "factor of the trust ratio (lars)")
+    betas: tuple[float, ...] = documented((0.9, 0.999), "decays of the two moments (lamb)")
     schedule: str = documented("step", '"step" (papers: divided by 10 at the milestones), "cosine" or "onecycle"')
     milestones: tuple[float, ...] = documented((0.5, 0.75), "fractions of training at which the rate is divided by 10")
-    warmup: float = documented(0.0, "fraction of training with a linear warm-up to the peak; onecycle: pct_start, above 0")
+    warmup: Duration = documented(0.0, 'linear warm-up to the peak: a fraction of training, or "5 epochs", "500 steps"; '
+                                  "onecycle: pct_start, above 0")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    steps: int | None = documented(None, "length of training in steps; None: as `epochs` says")
-    epochs: float | None = documented(200.0, "length of training in epochs, where `steps` is None")
+    steps: int | None = documented(None, "length of training in steps; None: as `examples` or `epochs` says")
+    examples: int | None = documented(None, "length of training in images; None: as `epochs` says")
+    epochs: float | None = documented(200.0, "length of training in epochs, where `steps` and `examples` are None")
     batch_size: int = documented(128, "images per step, over all devices")
     accumulation: int = documented(1, "micro-batches that a batch is worked through in, for less memory, to the same update; "
                                       "BatchNorm's statistics are a micro-batch's")
     shard_state: bool = documented(False, "optimiser's state and weight average split over the devices, not a copy on each")
     weight_average: float = documented(0.0, "decay of an exponential moving average of the weights; 0: none")
-    log_every: int = documented(50, "steps between two lines of the log")
-    checkpoint_every: int | None = documented(None, "steps between two validations and checkpoints; None: 10 per run")
+    swa_start: float | None = documented(None, "fraction of training from which weights are averaged equally (SWA), in place "
+                                         "of weight_average; None: never")
+    swa_every: Duration | None = documented(None, "from one weight that SWA takes to the next; None: an epoch")
+    label_smoothing: float = documented(0.0, "s of the labels (1 - s) y + s / classes that the loss reads; attacks read y")
+    log_every: Duration = documented(50, 'between two lines of the log: steps, or "1 epoch", "100000 examples", "5%"')
+    checkpoint_every: Duration | None = documented(None, "between two validations and checkpoints, likewise; None: 10 per run")
     keep: int = documented(2, "newest checkpoints kept, besides the best one by validation PGD accuracy")
+    keep_every: Duration | None = documented(None, "between two checkpoints that are kept for good, likewise, rounded to a "
+                                             "multiple of checkpoint_every; None: none are")
     writers: str = documented("", '"tensorboard", "wandb" or both, comma-separated, besides metrics.jsonl (each an extra)')
 
     @property
@@ -150,7 +166,23 @@ class Config:
         """Returns the length of training in steps."""
         if self.training.steps is not None:
             return self.training.steps
+        if self.training.examples is not None:
+            return max(1, round(self.training.examples / self.training.batch_size))
         return max(1, round(self.training.epochs * train_examples / self.training.batch_size))
+
+    def intervals(self, train_examples: int) -> durations.Intervals:
+        """Returns how often a run on so many images logs, validates, keeps and averages, in steps."""
+        training, steps = self.training, self.steps(train_examples)
+
+        def every(duration):
+            return max(1, durations.in_steps(duration, steps=steps, batch_size=training.batch_size, epoch=train_examples))
+
+        checkpoint_every = max(steps // 10, 1) if training.checkpoint_every is None else every(training.checkpoint_every)
+        # Only what is saved can be kept, and 10 epochs are seldom 10 times the whole steps of one.
+        keep_every = None if training.keep_every is None else checkpoint_every * max(
+            1, round(every(training.keep_every) / checkpoint_every))
+        return durations.Intervals(
+            every(training.log_every), checkpoint_every, keep_every, every(training.swa_every or "1 epoch"))
 
 
 def config_dict_of(config: Config) -> config_dict.ConfigDict:
@@ -325,6 +357,11 @@ def _convert(kind: Any, value: Any, path: str):
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if types.NoneType in options and (value is None or value in ("None", "none")):
         return None
+    if {*typing.get_args(Duration)} <= {*options}:
+        try:
+            return durations.canonical(value)
+        except InputError:
+            raise InputError(f"config.{path} is {value!r}; it must be {durations.RULE}") from None
     kind = next(option for option in options if option is not types.NoneType)
     wanted = {int: "a whole number", float: 'a number or a fraction such as "8/255"', bool: "true or false", str: "a text",
               tuple[float, ...]: "a list of numbers, such as 0.5,0.75"}[kind]
@@ -377,16 +414,28 @@ def _check(config: Config) -> None:
     need(config.data.selection in ("validation", "last", "test"), "data.selection", '"validation", "last" or "test"')
     need(0 < config.data.extra_fraction < 1, "data.extra_fraction", "between 0 and 1")
     need(config.attack.steps > 0, "attack.steps", "above 0")
+    need(optimizer.name in ("sgd", "lars", "lamb"), "optimizer.name", '"sgd", "lars" or "lamb"')
     need(optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
+    need(optimizer.scaling in ("none", "linear", "sqrt"), "optimizer.scaling", '"none", "linear" or "sqrt"')
+    need(optimizer.scaling_batch > 0, "optimizer.scaling_batch", "above 0")
+    need(optimizer.trust_coefficient > 0, "optimizer.trust_coefficient", "above 0")
+    need(len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas), "optimizer.betas",
+         "two decays in [0, 1), such as 0.9,0.999")
     need(0 <= optimizer.momentum < 1, "optimizer.momentum", "in [0, 1)")
     need(optimizer.weight_decay >= 0, "optimizer.weight_decay", "0 or above")
     need(optimizer.schedule in ("step", "cosine", "onecycle"), "optimizer.schedule", '"onecycle", "step" or "cosine"')
     need(all(0 < at < 1 for at in optimizer.milestones), "optimizer.milestones", "fractions of training, between 0 and 1")
-    need(0 <= optimizer.warmup < 1, "optimizer.warmup", "a fraction of training in [0, 1)")
-    need(optimizer.schedule != "onecycle" or optimizer.warmup > 0, "optimizer.warmup",
+    # One step of warm-up is none, and 1 is more likely meant as the whole training.
+    need(optimizer.warmup not in (1, "100%"), "optimizer.warmup",
+         'a fraction of training in [0, 1), or "5 epochs", "100000 examples" or "500 steps"')
+    need(optimizer.schedule != "onecycle" or optimizer.warmup != 0, "optimizer.warmup",
          'above 0 with schedule "onecycle": the part of training until the peak, such as 0.25')
     need(training.steps is None or training.steps > 0, "training.steps", "above 0")
-    need(training.steps is not None or (training.epochs or 0) > 0, "training.epochs", "above 0 where training.steps is None")
+    need(training.examples is None or training.examples > 0, "training.examples", "above 0")
+    need(training.examples is None or training.steps is None, "training.examples",
+         "None where training.steps gives the length: set --config.training.steps=None, or this")
+    need(training.steps is not None or training.examples is not None or (training.epochs or 0) > 0, "training.epochs",
+         "above 0 where training.steps and training.examples are None")
     need(training.batch_size > 0, "training.batch_size", "above 0")
     need(training.accumulation > 0, "training.accumulation", "above 0; 1 for no micro-batches")
     need(config.bn_groups is None or config.bn_groups > 0, "bn_groups", "above 0, or None for statistics of the whole batch")
@@ -398,9 +447,16 @@ def _check(config: Config) -> None:
     need(training.batch_size % training.accumulation == 0, "training.accumulation",
          f"a divisor of config.training.batch_size, {training.batch_size}; or give that "
          f"{nearest_multiples(training.batch_size, training.accumulation)}")
+    need(durations.shorter(optimizer.warmup, batch_size=training.batch_size, steps=training.steps, examples=training.examples,
+                           epochs=training.epochs), "optimizer.warmup", "shorter than training")
     need(0 <= training.weight_average < 1, "training.weight_average", "a decay in [0, 1)")
-    need(training.log_every > 0, "training.log_every", "above 0")
-    need(training.checkpoint_every is None or training.checkpoint_every > 0, "training.checkpoint_every", "above 0 or None")
+    need(training.swa_start is None or 0 < training.swa_start <= 1, "training.swa_start", "a fraction in (0, 1], or None")
+    need(training.swa_start is None or training.weight_average == 0, "training.swa_start",
+         f"None beside training.weight_average={training.weight_average:g}: there is one average; set either")
+    need(0 <= training.label_smoothing < 1, "training.label_smoothing", "in [0, 1)")
+    need(training.log_every != 0, "training.log_every", "above 0")
+    for field in ("checkpoint_every", "keep_every", "swa_every"):
+        need(getattr(training, field) != 0, f"training.{field}", "above 0 or None")
     need(training.keep > 0, "training.keep", "above 0")
     need({*training.writer_names} <= {"tensorboard", "wandb"}, "training.writers", 'empty, "tensorboard", "wandb" or both')
     need(config.attack.start in ("", "uniform", "gaussian", "none"), "attack.start",
@@ -419,6 +475,7 @@ def _check(config: Config) -> None:
         raise InputError(f"config.data.{error}") from None
     check_mixing(method, augmentation)
     check_accumulation(method, training.accumulation)
+    check_label_smoothing(method, training.label_smoothing)
     try:
         threat.check_step_size(config.attack.step_size)
     except InputError as error:

@@ -45,6 +45,26 @@ def expectation(values: Array, labels: Array) -> Array:
     return _at(values, labels)
 
 
+def smooth_labels(labels: Array, smoothing: float, classes: int) -> Array:
+    """Returns (1 - s) y + s / classes, with y the labels as a distribution; for s = 0 the labels as they are.
+
+    Label smoothing: Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision", section 7.
+
+    Args:
+      labels: [batch] int, in [0, classes), or [batch, classes] floating, rows that sum to 1.
+      smoothing: s, in [0, 1).
+      classes: number of classes.
+
+    Returns:
+      [batch, classes] float32, rows that sum to 1, unless s is 0.
+    """
+    if smoothing == 0:
+        return labels
+    if jnp.ndim(labels) == 1:
+        labels = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    return (1 - smoothing) * labels + smoothing / classes
+
+
 def boosted_cross_entropy(logits: Array, labels: Array) -> Array:
     """Returns -log p_y - log(1.0001 - max_{c != y} p_c) with p the softmax: MART's BCE (Wang et al. 2020, eq. 8).
 

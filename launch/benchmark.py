@@ -241,7 +241,7 @@ def _prepare(config, mesh):
     recipe, teacher_variables = loop.build_recipe(config, dataset, source.epoch, mesh, teacher=teacher_model)
     state = jax.device_put(
         states.create(recipe.student, recipe.optimizer, jax.random.key(config.seed),
-                      weight_average=recipe.weight_average > 0), parallel.replicated(mesh))
+                      weight_average=recipe.averages), parallel.replicated(mesh))
     with _feeder(config, source, recipe, mesh) as batches:
         batch = next(batches)
     return recipe, teacher_variables, state, batch, source

@@ -41,7 +41,11 @@ def test_nothing_given_is_the_default():
 def test_round_trip_through_dict_and_json():
     config = Config.from_dict({
         "method": "rslad+igdm", "teacher": "runs/t", "threat": {"epsilon": "8/255"}, "data": {"examples": 7, "flip": True},
-        "optimizer": {"milestones": "0.4,0.8"}, "training": {"steps": None, "epochs": 3}})
+        "optimizer": {"milestones": "0.4,0.8", "name": "lamb", "betas": "0.9,0.99", "scaling": "sqrt", "scaling_batch": 64,
+                      "warmup": "5 epochs"},
+        "training": {"steps": None, "examples": 1e6, "batch_size": 4096, "swa_start": "3/4", "swa_every": "2 epochs",
+                     "checkpoint_every": "5%", "log_every": "1e5 examples", "keep_every": "10 epochs"}})
+    assert config.optimizer.betas == (0.9, 0.99) and config.training.log_every == "100000 examples"
     assert Config.from_dict(config.to_dict()) == config
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert Config.from_dict(configs.config_dict_of(config)) == config
@@ -86,7 +90,18 @@ def config_with(path, value):
     ("threat.epsilon", float("inf"), "8/255"), ("threat.epsilon", None, "8/255"), ("threat.epsilon", [0.1], "8/255"),
     ("attack.steps", 0, "above 0"), ("attack.step_size", 0.2, "2 epsilon"), ("attack.step_size", 0, "above 0"),
     ("method.name", "ardd", 'did you mean "ard"?'), ("method.igdm", -1, "0 or above"), ("method.igdm_ramp", "cubic", "linear"),
-("optimizer.learning_rate", 0, "above 0"), ("optimizer.momentum", 1, "[0, 1)"),
+    ("optimizer.name", "adam", '"sgd", "lars" or "lamb"'), ("optimizer.scaling", "square", '"none", "linear" or "sqrt"'),
+    ("optimizer.scaling_batch", 0, "above 0"), ("optimizer.trust_coefficient", 0, "above 0"),
+    ("optimizer.betas", "0.9", "two decays"), ("optimizer.betas", (0.9, 1), "two decays"),
+    ("optimizer.warmup", "2 weeks", '"2 epochs"'), ("optimizer.warmup", "100%", "[0, 1)"),
+    ("optimizer.warmup", "200 epochs", "shorter than training"), ("optimizer.warmup", None, "a duration"),
+    ("training.examples", 0, "above 0"), ("training.examples", "1 epoch", "whole number or None"),
+    ("training.checkpoint_every", "often", '"2 epochs"'), ("training.checkpoint_every", 1.5, "500"),
+    ("training.log_every", "0 steps", "above 0"), ("training.log_every", None, "a duration"),
+    ("training.keep_every", "0%", "above 0 or None"), ("training.swa_every", -1, "a duration"),
+    ("training.swa_start", 0, "(0, 1]"), ("training.swa_start", 1.5, "(0, 1]"),
+    ("training.label_smoothing", 1, "[0, 1)"), ("training.label_smoothing", -0.1, "[0, 1)"),
+    ("optimizer.learning_rate", 0, "above 0"), ("optimizer.momentum", 1, "[0, 1)"),
     ("optimizer.schedule", "steps", '"step" or "cosine"'), ("optimizer.milestones", (0.5, 80), "fractions"),
     ("optimizer.milestones", "a,b", "list of numbers"), ("optimizer.milestones", None, "list of numbers"),
     ("optimizer.milestones", True, "list of numbers"), ("optimizer.warmup", 1, "[0, 1)"),
@@ -144,6 +159,10 @@ def test_length_of_training():
     assert steps(epochs=3) == 60
     assert steps(epochs=3, steps=7) == 7
     assert steps(epochs=0.001) == 1
+    assert steps(examples=140) == 3
+    assert steps(examples=1000, epochs=None) == 20
+    assert steps(examples=1) == 1
+    refuse({"training": {"steps": 3, "examples": 100}}, "config.training.examples is 100", "--config.training.steps=None")
 
 
 def test_a_config_dict_is_edited_as_in_a_notebook():

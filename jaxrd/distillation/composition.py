@@ -16,7 +16,7 @@ from jaxrd.data.augment import Augmentation
 from jaxrd.distillation.inner_maximisation import Attack
 from jaxrd.distillation.views import LABELS, View
 from jaxrd.distillation.weight_perturbation import WeightPerturbation
-from jaxrd.errors import InputError, choose
+from jaxrd.errors import InputError, choose, one_line
 
 Array = jax.Array
 Logits = Mapping[str, Array]  # view name -> logits [batch, classes], or what the view's readout gives
@@ -31,7 +31,7 @@ class Term:
     Attributes:
       name: its name in the metrics.
       loss: (student logits by view, teacher logits by view, labels) -> [batch]. The labels are int32 [batch], or soft,
-        float32 [batch, classes], where training mixes images.
+        float32 [batch, classes], where training mixes images or smooths labels.
       student: views whose student logits it reads.
       teacher: views whose teacher logits it reads.
       weight: its factor in the sum.
@@ -222,3 +222,44 @@ def check_accumulation(method: Method, accumulation: int) -> None:
         raise InputError(
             f"config.training.accumulation is {accumulation}, and {method.name} takes negative images from the whole batch; "
             "set it to 1, or --config.method.path_negatives=data")
+
+
+def check_label_smoothing(method: Method, smoothing: float) -> None:
+    """Raises InputError where labels are smoothed and a term is defined for one true class only, or none reads a label.
+
+    Terms are traced with soft labels; nothing is computed. Attacks and monitors get the labels as they are.
+    """
+    if not smoothing:
+        return
+    asked, way_out = f"config.training.label_smoothing is {smoothing:g}", "set --config.training.label_smoothing=0"
+    hard = [term.name for term in method.terms if term.hard_labels]
+    if hard:
+        raise InputError(
+            f'{asked}, and "{hard[0]}" of {method.name} needs one true class per image; {way_out}, or use pgd_at, trades, '
+            "akd, or ard with ard_alpha below 1")
+    if not any(_reads_soft_labels(method, term, f"{asked}, a distribution over classes,", way_out) for term in method.terms):
+        raise InputError(
+            f"{asked}, and no term of {method.name} with its weights reads a label: {way_out}, or give the label a weight, as "
+            "ard_alpha below 1 does")
+
+
+def _reads_soft_labels(method: Method, term: Term, asked: str, way_out: str) -> bool:
+    """Returns whether a term reads the images' labels; InputError where it cannot take soft ones."""
+    if term.labels != "labels":
+        return False
+    batch, classes = 3, 2  # unlike, so that one does not pass for the other
+    logits = jax.ShapeDtypeStruct((batch, classes), jnp.float32)
+    student, teacher = (dict.fromkeys(names, logits) for names in (term.student, term.teacher))
+    try:
+        traced = jax.make_jaxpr(term.loss)(student, teacher, logits)
+    except Exception as error:
+        if {view.name for view in method.views if view.readout is not None} & {*term.student, *term.teacher}:
+            return True  # of what it reads the shape is not known here
+        reason = str(error) if isinstance(error, InputError) else one_line(error)
+    else:
+        # The labels are the last of the arguments.
+        labels = traced.jaxpr.invars[-1]
+        if traced.out_avals[0].shape in ((batch,), ()):
+            return any(labels is variable for equation in traced.eqns for variable in equation.invars)
+        reason = f"it gives {list(traced.out_avals[0].shape)} for a batch of {batch} and {classes} classes"
+    raise InputError(f'{asked} which "{term.name}" of method {method.name} does not take ({reason}); {way_out}')

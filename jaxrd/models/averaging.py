@@ -55,7 +55,8 @@ def estimate_statistics(model: Model, variables: Variables, batches: Iterable[Ar
     total, count = None, 0
     for images in batches:
         statistics = _batch_statistics(model, batch_norm_set, variables, images)
-        total = statistics if total is None else jax.tree.map(jnp.add, total, statistics)
+        # Waited for: of batches in flight each takes memory, and on fake devices they would wait for each other for ever.
+        total = jax.block_until_ready(statistics if total is None else jax.tree.map(jnp.add, total, statistics))
         count += 1
     if total is None:
         raise InputError("estimate_statistics was given no batches; give images, such as those that the model was trained on")

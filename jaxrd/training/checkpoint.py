@@ -2,7 +2,7 @@
 
 One step holds the state, and as metadata the configuration, the model's specification and the validation metrics. Saves are
 asynchronous and atomic: a step appears under its number when it is complete, or not at all. The newest few are kept, and the
-best one by validation PGD accuracy.
+best one by validation PGD accuracy, and those of regular intervals where asked for.
 """
 
 import contextlib
@@ -39,12 +39,13 @@ class Checkpoints:
       set_aside: a line on each damaged checkpoint that opening or `restore_newest` has renamed to "damaged-STEP".
     """
 
-    def __init__(self, workdir: str | pathlib.Path, *, keep: int | None = None):
+    def __init__(self, workdir: str | pathlib.Path, *, keep: int | None = None, keep_every: int | None = None):
         """Opens them.
 
         Args:
           workdir: the run directory.
           keep: how many of the newest a later `save` leaves, besides the best; None to read only.
+          keep_every: steps of which every multiple that is saved stays, besides those; None for none.
         """
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         self.set_aside: list[str] = []
@@ -60,7 +61,8 @@ class Checkpoints:
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=policies.AnyPreservationPolicy([
                     policies.LatestN(keep),
-                    policies.BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False)]),
+                    policies.BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False),
+                    *([policies.EveryNSteps(keep_every)] if keep_every else [])]),
                 cleanup_tmp_directories=True,  # what a killed save left behind; a reader leaves it to the writer
             )
 

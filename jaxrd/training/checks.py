@@ -78,6 +78,8 @@ def check_claim(workdir: pathlib.Path, config: Config) -> None:
         raise InputError(f"{path} is damaged; delete {workdir} or choose another --workdir") from None
     if isinstance(method := stored.get("method") if isinstance(stored, dict) else None, dict):
         method.setdefault("path_negatives", "batch")  # what older runs of the path method did
+    if isinstance(optimizer := stored.get("optimizer") if isinstance(stored, dict) else None, dict):
+        optimizer.setdefault("scaling_batch", config.optimizer.scaling_batch)  # older runs scaled nothing
     try:
         # By way of `Config`, so that a field that is younger than the run counts as its default.
         old = Config.from_dict(stored).to_dict()

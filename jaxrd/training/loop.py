@@ -25,10 +25,11 @@ from jaxrd.data.opening import DataSet
 from jaxrd.distillation import InnerMaximisation
 from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
-from jaxrd.training import checkpoint, parallel, processes, schedule, state as states
+from jaxrd.training import checkpoint, parallel, processes, schedule, state as states, swa
 from jaxrd.training.checks import check_batch, check_claim, check_teacher, check_teacher_gradient, claim
 from jaxrd.training.feeding import Feeder
 from jaxrd.training.log import Log, write_json
+from jaxrd.training.snapshots import Snapshots
 from jaxrd.training.step import Recipe, make_train_step, shardings
 from jaxrd.training.stopping import StopSignal
 
@@ -73,9 +74,10 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
         claim(workdir, config)
     # 4. A fresh state: where a new run begins, and the shape of what a checkpoint must hold.
     state = states.create(
-        recipe.student, recipe.optimizer, jax.random.key(config.seed), weight_average=recipe.weight_average > 0)
+        recipe.student, recipe.optimizer, jax.random.key(config.seed), weight_average=recipe.averages)
     state = parallel.replicate(state, mesh, shardings(recipe, mesh))
-    with checkpoint.Checkpoints(workdir, keep=config.training.keep) as checkpoints:
+    keep_every = config.intervals(train_source.epoch).keep_every
+    with checkpoint.Checkpoints(workdir, keep=config.training.keep, keep_every=keep_every) as checkpoints:
         # 5. The newest checkpoint, where there is one, in place of the fresh state.
         state = checkpoints.restore_newest(state)
         # 6. The log, cut back to that step.
@@ -94,8 +96,8 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
 
 def _run(config, dataset, train_source, recipe, teacher_variables, train_step, state, checkpoints, metadata, log, mesh):
     steps, batch_size = recipe.steps, config.training.batch_size
-    checkpoint_every = config.training.checkpoint_every or max(steps // 10, 1)
-    learning_rate = schedule.learning_rate(config.optimizer, steps)
+    intervals = config.intervals(train_source.epoch)
+    learning_rate = schedule.learning_rate(config.optimizer, steps, batch_size=batch_size, epoch=train_source.epoch)
     step, pending = int(state.step), []
     if step >= steps:
         log.say(f"{log.workdir} is finished: step {step} of {steps}")
@@ -129,11 +131,13 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
             log.advance(step)
             # Asked once, so that a signal between two of the lines below cannot stop a run that was not saved.
             stopping = stop.after_step()
-            last, due = step == steps, step % checkpoint_every == 0
-            if step % config.training.log_every == 0 or due or last or stopping:
+            last, due = step == steps, step % intervals.checkpoint_every == 0
+            if step % intervals.log_every == 0 or due or last or stopping:
                 train_metrics = _mean_metrics(pending, step, config, checkpoints)
                 log.train(step, train_metrics, float(learning_rate(step - 1)), waited=feeder.waited)
                 pending, feeder.waited = [], 0.0
+            if due or last:
+                state = swa.reestimate(recipe, state, teacher_variables, train_source, config, mesh)
             if (due or last) and dataset.validation is None:
                 checkpoints.save(step, state, metadata, {})
             elif due or last:
@@ -218,9 +222,13 @@ def build_recipe(
         inner=InnerMaximisation(
             config.threat.build(), config.attack.step_size, config.attack.steps, config.attack.start or None,
             config.attack.project_start),
-        optimizer=schedule.optimizer(config.optimizer, steps), steps=steps,
+        optimizer=schedule.optimizer(
+            config.optimizer, steps, batch_size=config.training.batch_size, epoch=train_examples),
+        steps=steps,
         augmentation=config.build_augmentation(),
-        weight_average=config.training.weight_average, attack_batch_statistics=config.attack.batch_statistics,
+        weight_average=config.training.weight_average, snapshots=Snapshots.of(config, train_examples),
+        label_smoothing=config.training.label_smoothing,
+        attack_batch_statistics=config.attack.batch_statistics,
         accumulation=config.training.accumulation, shard_state=config.training.shard_state,
     ), variables
 

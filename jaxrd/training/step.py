@@ -19,7 +19,7 @@ import optax
 from jaxrd import objectives
 from jaxrd.attacks import loop_unroll
 from jaxrd.data import augment as augmenting
-from jaxrd.distillation.composition import Method, Term, check_accumulation, check_mixing
+from jaxrd.distillation.composition import Method, Term, check_accumulation, check_label_smoothing, check_mixing
 from jaxrd.distillation.inner_maximisation import Context, InnerMaximisation
 from jaxrd.distillation.views import View
 from jaxrd.distillation.weight_perturbation import perturb_weights
@@ -27,6 +27,7 @@ from jaxrd.errors import InputError, one_line
 from jaxrd.models.zoo import Model
 from jaxrd.threat import MicroBatchKey, derived, example_keys
 from jaxrd.training import parallel, state as states
+from jaxrd.training.snapshots import Snapshots
 from jaxrd.training.state import TrainState
 
 Array = jax.Array
@@ -45,6 +46,9 @@ class Recipe:
       steps: length of training, for the ramps.
       augmentation: crops, flips, mixing and cutout of the images.
       weight_average: decay of the weight average; 0 for none.
+      snapshots: the steps whose weights a stochastic weight average takes, in place of a decaying one; None for none.
+      label_smoothing: s in (1 - s) y + s / classes, the labels that the terms of the loss read; attacks, views and monitors
+        read y.
       attack_batch_statistics: normalise the student's attack forwards by their own batch statistics instead of the running
         ones (running statistics never move in an attack).
       accumulation: how many micro-batches, one after another, a batch is cut into, to the same update: memory for one of
@@ -62,9 +66,16 @@ class Recipe:
     steps: int
     augmentation: augmenting.Augmentation = augmenting.Augmentation()
     weight_average: float = 0.0
+    snapshots: Snapshots | None = None
+    label_smoothing: float = 0.0
     attack_batch_statistics: bool = False
     accumulation: int = 1
     shard_state: bool = False
+
+    @property
+    def averages(self) -> bool:
+        """Whether the state holds an average of the weights."""
+        return self.weight_average > 0 or self.snapshots is not None
 
 
 def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
@@ -78,10 +89,11 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
     is sharded over "data" along the second (`parallel.sharded`). Metrics are scalars: means over the global batch.
 
     Raises:
-      InputError: a method that cannot take the soft labels of mixed images, or whose attack takes negatives from the batch and
-        would find them in a micro-batch only.
+      InputError: a method that cannot take the soft labels of mixed images, or smooth ones, or whose attack takes negatives from
+        the batch and would find them in a micro-batch only.
     """
     check_mixing(recipe.method, recipe.augmentation)
+    check_label_smoothing(recipe.method, recipe.label_smoothing)
     if recipe.augmentation.mixes:
         _probe_soft_labels(recipe)
     check_accumulation(recipe.method, recipe.accumulation)
@@ -111,7 +123,7 @@ def shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns how the state of a run lies on the devices, a tree of shardings."""
     everywhere = parallel.replicated(mesh)
     shapes = jax.eval_shape(lambda: states.create(
-        recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.weight_average > 0))
+        recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages))
     whole = jax.tree.map(lambda _: everywhere, shapes)
     if not recipe.shard_state:
         return whole
@@ -248,7 +260,8 @@ def gradients_of(
                 continue
             student |= _interleaved(network, {view.name: views[view.name] for view in forward})
             batch_stats = moved if first.updates_statistics else batch_stats
-        loss, terms = method.loss(student, teacher, labels, progress, negative_labels)
+        targets = objectives.smooth_labels(labels, recipe.label_smoothing, recipe.student.classes)
+        loss, terms = method.loss(student, teacher, targets, progress, negative_labels)
         metrics = {"loss": loss, **terms}
         metrics |= method.monitored(student, teacher, labels, negative_labels)
         metrics |= {f"weight/{name}": weight for name, weight in method.weights(progress).items()}
@@ -336,6 +349,7 @@ def update(recipe, state, gradients, batch_stats) -> TrainState:
     average = state.average
     if average is not None:
         newest = {"params": params, "batch_stats": batch_stats}
-        average = optax.incremental_update(newest, average, 1 - recipe.weight_average)
+        rate = recipe.snapshots.rate(state.step + 1) if recipe.snapshots else 1 - recipe.weight_average
+        average = optax.incremental_update(newest, average, rate)
     return state.replace(
         step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, average=average)

@@ -163,3 +163,15 @@ def test_nothing_to_restore_is_one_line(tmp_path):
     with pytest.raises(InputError, match="no finished checkpoint"):
         checkpoint.restore_model(tmp_path)
     assert list(tmp_path.iterdir()) == []  # looking leaves nothing behind
+
+
+def test_regular_checkpoints_stay_besides_the_newest_and_the_best(tmp_path):
+    state = make()
+    with checkpoint.Checkpoints(tmp_path, keep=2, keep_every=4) as checkpoints:
+        for step in range(1, 12):
+            checkpoints.save(step, state, METADATA, {checkpoint.BEST_METRIC: 1.0 if step == 3 else step / 100})
+    assert checkpoint.steps_of(tmp_path) == [3, 4, 8, 10, 11]
+    # A later run of the same directory may keep less.
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(12, state, METADATA, {checkpoint.BEST_METRIC: 0.12})
+    assert checkpoint.steps_of(tmp_path) == [3, 11, 12]

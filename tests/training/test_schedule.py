@@ -1,10 +1,13 @@
-"""SGD is PyTorch's, and schedules are fractions of training at any length."""
+"""SGD is PyTorch's, LARS and LAMB are their papers', and schedules are fractions of training at any length."""
 
+from flax.traverse_util import flatten_dict
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from jaxrd import models
 from jaxrd.config import Config, OptimizerConfig
 from jaxrd.training import schedule
 from tests.support import assert_input_error
@@ -137,3 +140,114 @@ def test_one_cycle_needs_to_know_when_its_peak_comes():
 
 def test_milestones_that_fall_on_one_step_all_count():
     np.testing.assert_allclose(rates(3, schedule="step", milestones=(0.5, 0.75)), [1, 1, 0.01], rtol=1e-6)
+
+
+# Warm-ups that are no fraction, and rates scaled to the batch.
+
+
+@pytest.mark.parametrize("name", ["step", "cosine", "onecycle"])
+@pytest.mark.parametrize("warmup", [10, "10 steps", "2 epochs", "80 examples"])
+def test_a_warm_up_in_any_unit_is_the_fraction_that_it_is(name, warmup):
+    config = OptimizerConfig(learning_rate=1.0, schedule=name, warmup=warmup)
+    rate = schedule.learning_rate(config, 100, batch_size=8, epoch=40)
+    np.testing.assert_array_equal([rate(step) for step in range(100)], rates(100, schedule=name, warmup=0.1))
+
+
+def test_a_warm_up_longer_than_training_is_refused():
+    config = OptimizerConfig(warmup="5 epochs")
+    assert_input_error(lambda: schedule.learning_rate(config, 20, batch_size=8, epoch=40),
+                       "config.optimizer.warmup is '5 epochs'", "25 steps of 20")
+    assert_input_error(lambda: schedule.learning_rate(config, 20), '"5 epochs"', "epoch=")
+
+
+@pytest.mark.parametrize("scaling, factor", [("none", 1), ("linear", 32), ("sqrt", np.sqrt(32))])
+def test_the_rate_scales_with_the_batch_as_published(scaling, factor):
+    config = OptimizerConfig(learning_rate=0.1, scaling=scaling, schedule="cosine", warmup=0.1)
+    large, meant = (schedule.learning_rate(config, 100, batch_size=size) for size in (4096, 128))
+    unscaled = schedule.learning_rate(OptimizerConfig(learning_rate=0.1, schedule="cosine", warmup=0.1), 100)
+    for step in (0, 5, 10, 60):
+        assert meant(step) == unscaled(step)
+        assert float(large(step)) == pytest.approx(factor * float(unscaled(step)), rel=1e-6)
+    # The updates, too: SGD's first is the rate times the gradient.
+    optimizer = schedule.optimizer(OptimizerConfig(learning_rate=0.1, scaling=scaling, weight_decay=0), 100, batch_size=4096)
+    updates, _ = optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2))
+    np.testing.assert_allclose(updates, -0.1 * factor, rtol=1e-6)
+
+
+def test_the_batch_that_the_rate_is_meant_for_can_be_another():
+    config = OptimizerConfig(learning_rate=0.3, scaling="linear", scaling_batch=256)
+    assert schedule.peak(config, 64) == pytest.approx(0.075)
+    assert_input_error(lambda: schedule.peak(config), 'config.optimizer.scaling is "linear"', "batch_size=")
+
+
+# Optimisers for large batches, against their formulas in NumPy.
+
+TREE = {"conv": {"kernel": np.array([[1.0, -2.0, 0.5], [0.3, 0.7, -1.1]]), "bias": np.array([0.1, 0.0, -0.3])},
+        "norm": {"scale": np.array([1.0, 0.9, 1.1])}, "zero": {"kernel": np.zeros((2, 2))}}
+
+
+def gradients(tree):
+    """Those of sum_i (i + 1) (w_i - 1)^2 / 2 over each array, which no two entries share."""
+    return jax.tree.map(lambda w: (w - 1) * np.arange(1.0, w.size + 1, dtype=np.float32).reshape(w.shape), tree)
+
+
+def path_of(config, steps=6):
+    """Iterates of an optimiser on that, by flat name, in float64 as NumPy sees them."""
+    optimizer, params = schedule.optimizer(config, steps), jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), TREE)
+    update, state, path = jax.jit(optimizer.update), optimizer.init(params), []
+    for _ in range(steps):
+        updates, state = update(gradients(params), state, params)
+        params = optax.apply_updates(params, updates)
+        path.append({name: np.asarray(w) for name, w in flatten_dict(params, sep="/").items()})
+    return path
+
+
+def ratio(w, update):
+    """|w| / |update|, or 1 where either is 0 or for arrays of one axis."""
+    norms = np.sqrt(np.sum(w**2)), np.sqrt(np.sum(update**2))
+    return norms[0] / norms[1] if w.ndim > 1 and all(norms) else 1.0
+
+
+RATES = [0.1, 0.1, 0.1, 0.01, 0.001, 0.001]  # as in `minimise`
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_lars_is_the_published_recursion(nesterov, weight_decay):
+    found = path_of(OptimizerConfig(name="lars", learning_rate=0.1, momentum=0.8, nesterov=nesterov, trust_coefficient=0.02,
+                                    weight_decay=weight_decay, schedule="step"))
+    for name, w in flatten_dict(TREE, sep="/").items():
+        velocity = np.zeros_like(w)
+        for eta, after in zip(RATES, found, strict=True):
+            decayed = np.asarray(gradients(w)) + (weight_decay * w if w.ndim > 1 else 0)
+            trust = ratio(w, decayed) * (0.02 if w.ndim > 1 and np.any(w) else 1)
+            step = eta * trust * decayed
+            velocity = 0.8 * velocity + step
+            w = w - (step + 0.8 * velocity if nesterov else velocity)
+            np.testing.assert_allclose(after[name], w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_lamb_is_the_published_recursion(weight_decay):
+    found = path_of(OptimizerConfig(
+        name="lamb", learning_rate=0.1, betas=(0.8, 0.95), weight_decay=weight_decay, schedule="step"))
+    for name, w in flatten_dict(TREE, sep="/").items():
+        first = second = np.zeros_like(w)
+        for count, (eta, after) in enumerate(zip(RATES, found, strict=True), 1):
+            gradient = np.asarray(gradients(w))
+            first, second = 0.8 * first + 0.2 * gradient, 0.95 * second + 0.05 * gradient**2
+            update = first / (1 - 0.8**count) / (np.sqrt(second / (1 - 0.95**count)) + 1e-6)
+            update = update + (weight_decay * w if w.ndim > 1 else 0)
+            w = w - eta * ratio(w, update) * update
+            np.testing.assert_allclose(after[name], w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_scales_and_biases_of_a_model_and_nothing_else_are_left_out(name):
+    """With a gradient of zero only weight decay moves anything, and that of their arrays leaves them where they are."""
+    model = models.create("resnet6_w4", classes=10, image_shape=(8, 8, 1), batch_norm_sets=2)
+    params = model.init(jax.random.key(0))["params"]
+    optimizer = schedule.optimizer(OptimizerConfig(name=name, weight_decay=0.1), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for path, update in flatten_dict(updates, sep="/").items():
+        assert np.any(update) == path.endswith("kernel"), path
