@@ -31,7 +31,7 @@ from jaxrd.training.durations import Duration
 # Fields that say how a run is watched and stored, not what it computes: a resumed run may change them.
 BOOKKEEPING = (
     "data.directory", "data.resident", "training.log_every", "training.checkpoint_every", "training.keep",
-    "training.keep_every", "training.shard_state", "training.writers")
+    "training.keep_every", "training.joint_views", "training.shard_state", "training.writers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,7 @@ class TrainingConfig:
     batch_size: int = documented(128, "images per step, over all devices")
     accumulation: int = documented(1, "micro-batches that a batch is worked through in, for less memory, to the same update; "
                                       "BatchNorm's statistics are a micro-batch's")
+    joint_views: bool = documented(True, "forward the student's views as one batch, each normalised by its own statistics")
     shard_state: bool = documented(False, "optimiser's state and weight average split over the devices, not a copy on each")
     weight_average: float = documented(0.0, "decay of an exponential moving average of the weights; 0: none")
     swa_start: float | None = documented(None, "fraction of training from which weights are averaged equally (SWA), in place "

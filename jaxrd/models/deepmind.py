@@ -15,7 +15,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxrd.models.normalization import batch_norm
+from jaxrd.models.normalization import BatchLayout, batch_norm
 from jaxrd.models.resnet import pool_and_classify, torch_uniform
 from jaxrd.models.wide_resnet import he_normal_fan_out
 
@@ -29,7 +29,7 @@ def convolution(
         features, (size, size), stride, padding, use_bias=False, kernel_init=kernel_init, dtype=dtype, name=name)
 
 
-def normalised(x: Array, name: str, dtype: jnp.dtype, train: int) -> Array:
+def normalised(x: Array, name: str, dtype: jnp.dtype, train: bool | BatchLayout) -> Array:
     """Returns silu(bn(x)); to be called inside the module that owns the layer."""
     return nn.silu(batch_norm(train, dtype, name)(x))
 
@@ -48,7 +48,7 @@ class DeepMindWideBlock(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, train: int) -> Array:
+    def __call__(self, x: Array, train: bool | BatchLayout) -> Array:
         activated = normalised(x, "batchnorm_0", self.dtype, train)
         out = convolution(self.features, 3, self.stride, self.dtype, "conv_0", he_normal_fan_out)(activated)
         out = normalised(out, "batchnorm_1", self.dtype, train)
@@ -75,7 +75,7 @@ class DeepMindWideResNet(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, images: Array, train: int) -> Array:
+    def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
         x = convolution(16, 3, 1, self.dtype, "init_conv", he_normal_fan_out)(images)
         for group in range(3):
             for index in range((self.depth - 4) // 6):
@@ -101,7 +101,7 @@ class DeepMindPreActBlock(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, train: int) -> Array:
+    def __call__(self, x: Array, train: bool | BatchLayout) -> Array:
         padding = ((1, 1) if self.stride == 1 else (0, 1),) * 2
         out = normalised(x, "batchnorm_0", self.dtype, train)
         out = convolution(self.features, 3, self.stride, self.dtype, "conv_2d_1", torch_uniform, padding)(out)
@@ -127,7 +127,7 @@ class DeepMindPreActResNet(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, images: Array, train: int) -> Array:
+    def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
         x = convolution(self.width, 3, 1, self.dtype, "conv_2d", torch_uniform)(images)
         for stage in range(4):
             for index in range(2):

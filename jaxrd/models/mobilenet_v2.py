@@ -9,7 +9,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxrd.models.normalization import batch_norm
+from jaxrd.models.normalization import BatchLayout, batch_norm
 from jaxrd.models.resnet import convolution, pool_and_classify, shortcut
 
 Array = jax.Array
@@ -34,7 +34,7 @@ class InvertedResidual(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, train: int) -> Array:
+    def __call__(self, x: Array, train: bool | BatchLayout) -> Array:
         out = convolution(self.inner, 1, 1, self.dtype, "conv1")(x)
         out = nn.relu(batch_norm(train, self.dtype, "bn1")(out))
         out = convolution(self.inner, 3, self.stride, self.dtype, "conv2", groups=self.inner)(out)
@@ -60,7 +60,7 @@ class MobileNetV2(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, images: Array, train: int) -> Array:
+    def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
         x = convolution(32, 3, 1, self.dtype, "conv1")(images)
         x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
         for group, (expansion, features, blocks, group_stride) in enumerate(GROUPS, start=1):

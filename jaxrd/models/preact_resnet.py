@@ -12,7 +12,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxrd.models.normalization import batch_norm
+from jaxrd.models.normalization import BatchLayout, batch_norm
 from jaxrd.models.resnet import convolution, pool_and_classify, torch_uniform
 
 Array = jax.Array
@@ -39,7 +39,7 @@ class PreActBlock(nn.Module):
     raw_shortcut: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, train: int) -> Array:
+    def __call__(self, x: Array, train: bool | BatchLayout) -> Array:
         activated = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
         out = convolution(self.features, 3, self.stride, self.dtype, "conv1", self.kernel_init)(activated)
         out = nn.relu(batch_norm(train, self.dtype, "bn2")(out))
@@ -70,7 +70,7 @@ class PreActResNet(nn.Module):
     raw: bool = False
 
     @nn.compact
-    def __call__(self, images: Array, train: int) -> Array:
+    def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
         x = convolution(self.width, 3, 1, self.dtype, "conv1")(images)
         for stage, blocks in enumerate(self.blocks):
             for index in range(blocks):

@@ -12,7 +12,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxrd.models.normalization import batch_norm
+from jaxrd.models.normalization import BatchLayout, batch_norm
 
 Array = jax.Array
 
@@ -59,7 +59,7 @@ def convolution(
         dtype=dtype, name=name)
 
 
-def shortcut(x: Array, features: int, stride: int, dtype: jnp.dtype, train: int) -> Array:
+def shortcut(x: Array, features: int, stride: int, dtype: jnp.dtype, train: bool | BatchLayout) -> Array:
     """Returns x, or bn(conv1x1(x)) where a block changes its shape; to be called inside the block, which owns the layers."""
     if stride == 1 and x.shape[-1] == features:
         return x
@@ -91,7 +91,7 @@ class BasicBlock(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, train: int) -> Array:
+    def __call__(self, x: Array, train: bool | BatchLayout) -> Array:
         out = convolution(self.width, 3, self.stride, self.dtype, "conv1")(x)
         out = nn.relu(batch_norm(train, self.dtype, "bn1")(out))
         out = convolution(self.width, 3, 1, self.dtype, "conv2")(out)
@@ -113,7 +113,7 @@ class BottleneckBlock(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, train: int) -> Array:
+    def __call__(self, x: Array, train: bool | BatchLayout) -> Array:
         out = convolution(self.width, 1, 1, self.dtype, "conv1")(x)
         out = nn.relu(batch_norm(train, self.dtype, "bn1")(out))
         out = convolution(self.width, 3, self.stride, self.dtype, "conv2")(out)
@@ -143,7 +143,7 @@ class ResNet(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, images: Array, train: int) -> Array:
+    def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
         x = convolution(self.width, 3, 1, self.dtype, "conv1")(images)
         x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
         for stage, blocks in enumerate(self.blocks):

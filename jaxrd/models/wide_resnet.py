@@ -11,7 +11,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxrd.models.normalization import batch_norm
+from jaxrd.models.normalization import BatchLayout, batch_norm
 from jaxrd.models.preact_resnet import PreActBlock
 from jaxrd.models.resnet import convolution, draw_flat, pool_and_classify
 
@@ -48,7 +48,7 @@ class WideResNet(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, images: Array, train: int) -> Array:
+    def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
         x = convolution(16, 3, 1, self.dtype, "conv1", he_normal_fan_out)(images)
         for group in range(3):
             for index in range((self.depth - 4) // 6):

@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 from jaxrd.errors import InputError, nearest_multiples
 from jaxrd.models import architectures, published
 from jaxrd.models.batch_norm_sets import add_sets, replace_statistics, select_set
-from jaxrd.models.normalization import normalize_images
+from jaxrd.models.normalization import BatchLayout, normalize_images
 
 Array = jax.Array
 Variables = dict
@@ -30,14 +30,18 @@ class Model:
       classes: number of logits.
       image_shape: (height, width, channels) of one image.
       init: init(key) -> variables {"params": ..., "batch_stats": ...}, all float32.
-      apply: apply(variables, images, train, batch_norm_set=0) -> (logits [batch, classes] float32, new batch_stats), for
+      apply: apply(variables, images, train, batch_norm_set=0, views=(True,)) -> (logits [batch, classes] float32, new batch_stats), for
         images [batch, height, width, channels] float in [0, 1]. `train` is a Python bool: True normalises by the batch and
         returns updated statistics, False normalises by the running statistics and returns them unchanged.
         `batch_norm_set` is a Python int: whose scale, bias and statistics are used, and moved; those of other sets are
         returned as they are. Raises InputError where the images have another shape or are integers, where there is no
         such set, or where `train` and `bn_groups` do not divide the batch.
+        `views`, in train mode, says that the batch is several views of each example, next to each other: each view is
+        normalised by its own statistics, and moves the running ones, in its turn, where it says True: what a forward for each,
+        one after another, comes to.
       specification: the arguments of `create` as JSON can hold them: `create(**specification)` is this model again.
       batch_norm_sets: number of sets of BatchNorm parameters and statistics.
+      joint_views: whether `apply` takes `views`; without, each has a forward of its own.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Model:
     apply: Callable[..., tuple[Array, Variables]]
     specification: dict = dataclasses.field(compare=False)
     batch_norm_sets: int = 1
+    joint_views: bool = False
 
 
 def create(
@@ -134,7 +139,7 @@ def _create(name, classes, image_shape, dtype, mean, std, sets, bn_groups) -> Mo
     def init(key):
         return add_sets(dict(module.init(key, jnp.zeros((1, *image_shape)), train=False)), sets)
 
-    def apply(variables, images, train, batch_norm_set=0):
+    def apply(variables, images, train, batch_norm_set=0, views=(True,)):
         _check_images(images, name, image_shape)
         batch_norm_set = _checked_set(batch_norm_set, name, sets)
         images = normalize_images(images, mean, std)
@@ -142,14 +147,17 @@ def _create(name, classes, image_shape, dtype, mean, std, sets, bn_groups) -> Mo
         variables = select_set(variables, batch_norm_set, sets)
         if not train:
             return module.apply(variables, images, train=False), batch_stats
-        _check_groups(images, name, bn_groups)
-        logits, updated = module.apply(variables, images, train=bn_groups, mutable=["batch_stats"])
+        _check_groups(images, name, bn_groups, len(views))
+        layout = BatchLayout(bn_groups, tuple(views))
+        # A batch of one part takes Flax's own layer.
+        logits, updated = module.apply(
+            variables, images, train=layout if layout != BatchLayout() else True, mutable=["batch_stats"])
         return logits, replace_statistics(batch_stats, batch_norm_set, updated["batch_stats"])
 
     specification = {
         "name": name, "classes": classes, "image_shape": image_shape, "dtype": dtype, "mean": mean, "std": std,
         "batch_norm_sets": sets, "bn_groups": bn_groups if bn_groups > 1 else None}
-    return Model(name, classes, image_shape, init, apply, specification, sets)
+    return Model(name, classes, image_shape, init, apply, specification, sets, joint_views=True)
 
 
 def logits_fn(model: Model, variables: Variables) -> Partial:
@@ -224,12 +232,14 @@ def _check_images(images: Array, name: str, image_shape: tuple[int, int, int]) -
         raise InputError(f"images are {images.dtype}; give float32 in [0, 1], such as images / 255")
 
 
-def _check_groups(images: Array, name: str, bn_groups: int) -> None:
-    """Raises InputError where a batch cannot be cut into equal groups."""
-    if len(images) % bn_groups:
+def _check_groups(images: Array, name: str, bn_groups: int, views: int) -> None:
+    """Raises InputError where a batch cannot be cut into equal groups of examples with their views."""
+    if len(images) % (bn_groups * views):
         raise InputError(
-            f'a batch of {len(images)} images cannot be cut into {bn_groups} equal groups, the bn_groups of model "{name}" in '
-            f"train mode; give {nearest_multiples(len(images), bn_groups)} images, or create the model with other bn_groups")
+            f'a batch of {len(images)} images cannot be cut into {bn_groups} equal groups'
+            + (f" of {views} views" if views > 1 else "") + f', the bn_groups of model "{name}" in '
+            f"train mode; give {nearest_multiples(len(images), bn_groups * views)} images, or create the model with other "
+            "bn_groups")
 
 
 def _checked_set(batch_norm_set: int, name: str, sets: int) -> int:

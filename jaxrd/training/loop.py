@@ -229,7 +229,8 @@ def build_recipe(
         weight_average=config.training.weight_average, snapshots=Snapshots.of(config, train_examples),
         label_smoothing=config.training.label_smoothing,
         attack_batch_statistics=config.attack.batch_statistics,
-        accumulation=config.training.accumulation, shard_state=config.training.shard_state,
+        accumulation=config.training.accumulation, joint_views=config.training.joint_views,
+        shard_state=config.training.shard_state,
     ), variables
 
 

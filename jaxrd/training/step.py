@@ -54,6 +54,8 @@ class Recipe:
       accumulation: how many micro-batches, one after another, a batch is cut into, to the same update: memory for one of
         them is enough. BatchNorm's statistics are those of a micro-batch. What a term takes over a batch, such as the largest
         drop along a path, is taken over a micro-batch too.
+      joint_views: forward the views that a method forwards one after another as one batch, where the student can: each is
+        normalised by its own statistics all the same, and the gradient is added up over the devices once, not once for each.
       shard_state: keep a part of the optimiser's state and of the weight average on each device, not all: see
         `parallel.state_shardings`.
     """
@@ -70,6 +72,7 @@ class Recipe:
     label_smoothing: float = 0.0
     attack_batch_statistics: bool = False
     accumulation: int = 1
+    joint_views: bool = True
     shard_state: bool = False
 
     @property
@@ -245,21 +248,23 @@ def gradients_of(
 
     def mean_loss(params, views, teacher, labels, negative_labels):
         batch_stats, student = state.batch_stats, {}
-        for forward in method.student_forwards:
-            first, moved = forward[0], None
+        for forwards in _joint(recipe):
+            first, moved = forwards[0][0], None
+            # The views of a single forward are normalised together, those of several each by themselves.
+            moves = tuple(forward[0].updates_statistics for forward in forwards) if len(forwards) > 1 else ()
 
             def network(points):
                 nonlocal moved
                 logits, moved = _apply(
-                    recipe.student, {"params": params, "batch_stats": batch_stats}, points, True, first.batch_norm_set)
+                    recipe.student, {"params": params, "batch_stats": batch_stats}, points, True, first.batch_norm_set, moves)
                 return logits
 
             if first.readout is not None:
                 student[first.name] = first.readout(
                     network, views[first.name], views, _labels_of(first, labels, negative_labels))
                 continue
-            student |= _interleaved(network, {view.name: views[view.name] for view in forward})
-            batch_stats = moved if first.updates_statistics else batch_stats
+            student |= _interleaved(network, {view.name: views[view.name] for forward in forwards for view in forward})
+            batch_stats = moved if moves or first.updates_statistics else batch_stats
         targets = objectives.smooth_labels(labels, recipe.label_smoothing, recipe.student.classes)
         loss, terms = method.loss(student, teacher, targets, progress, negative_labels)
         metrics = {"loss": loss, **terms}
@@ -326,10 +331,26 @@ def _labels_of(view: View, labels: Array, negative_labels: Array | None) -> Arra
     return negative_labels if view.labels == "negative_labels" else labels
 
 
-def _apply(model: Model, variables: dict, points: Array, train: bool, batch_norm_set: int) -> tuple[Array, dict]:
-    """A model that has one set of BatchNorm need not know of others."""
-    further = (batch_norm_set,) if batch_norm_set else ()
-    return model.apply(variables, points, train, *further)
+def _joint(recipe: Recipe) -> list[list[tuple[View, ...]]]:
+    """Returns the student's forwards in their order, those next to each other that can be one batch in one list."""
+    lists: list[list[tuple[View, ...]]] = []
+    for forward in recipe.method.student_forwards:
+        alone = len(forward) > 1 or forward[0].readout is not None
+        before = lists[-1][-1] if lists else None
+        if (recipe.joint_views and recipe.student.joint_views and before is not None and not alone and len(before) == 1
+                and before[0].readout is None and before[0].batch_norm_set == forward[0].batch_norm_set):
+            lists[-1].append(forward)
+        else:
+            lists.append([forward])
+    return lists
+
+
+def _apply(
+    model: Model, variables: dict, points: Array, train: bool, batch_norm_set: int, views: tuple[bool, ...] = (),
+) -> tuple[Array, dict]:
+    """A model that has one set of BatchNorm, or does not take several views, need not know of others."""
+    further = {"batch_norm_set": batch_norm_set} if batch_norm_set else {}
+    return model.apply(variables, points, train, **further, **({"views": views} if views else {}))
 
 
 def _interleaved(network, points: dict[str, Array]) -> dict[str, Array]:
