@@ -8,6 +8,8 @@ its architecture: --teacher_model=resnet6_w32.
     python -m launch.benchmark --config=configs/digits.py:ard+igdm --methods=pgd_at,ard,adaad,path      steps side by side
     python -m launch.benchmark --config=configs/digits.py:ard --attacks=apgd-ce,apgd-t,fab-t,square     AutoAttack, images/s
     python -m launch.benchmark --config=configs/cifar10.py:rslad --input=32x32x3                        input alone, images/s
+    python -m launch.benchmark --config=configs/cifar10.py:rslad+igdm --scaling=8,64,1024               on paper: nothing is run
+    python -m launch.benchmark --config=configs/digits.py:rslad+igdm --collectives=1,4,8 --cpu_devices=8    of the compiled step
 """
 
 import atexit
@@ -35,6 +37,14 @@ _ATTACKS = flags.DEFINE_list(
 _INPUT = flags.DEFINE_string(
     "input", None, 'Time the input alone: "data" for the images of the config, or 50,000 random ones of a shape, such as '
     "32x32x3; batch size and augmentation are the config's.")
+_SCALING = flags.DEFINE_list(
+    "scaling", None, "How so many devices would do, on paper, from the operations and bytes of the step; with --device_flops, "
+    "--link_bytes, --link_latency and --batch_per_device.")
+_DEVICE_FLOPS = flags.DEFINE_float("device_flops", 2e14, "Operations a second that a device reaches, with --scaling.", lower_bound=1)
+_LINK_BYTES = flags.DEFINE_float("link_bytes", 2.5e10, "Bytes a second over the slowest link, with --scaling.", lower_bound=1)
+_LINK_LATENCY = flags.DEFINE_float("link_latency", 1e-5, "Seconds for each hop, with --scaling.", lower_bound=0)
+_BATCH_PER_DEVICE = flags.DEFINE_integer("batch_per_device", 128, "Images for each device, with --scaling.", lower_bound=1)
+_COLLECTIVES = flags.DEFINE_list("collectives", None, "The collectives of the compiled step on so many devices of this process.")
 start.define_flags()
 
 
@@ -48,6 +58,8 @@ def main() -> None:
             compare(config, [name.strip() for name in _METHODS.value])
         elif _ATTACKS.value:
             attacks_on(config, [name.strip() for name in _ATTACKS.value])
+        elif _SCALING.value or _COLLECTIVES.value:
+            scaling_of(config)
         elif _INPUT.value:
             input_of(config)
         else:
@@ -150,9 +162,7 @@ def attacks_on(config, names: list[str]) -> None:
 def input_of(config) -> None:
     """Prints how many images a second reach the step: gathered, brought to the devices and augmented, with no step behind."""
     import jax
-    import numpy as np
 
-    from jaxrd import data
     from jaxrd.data.augment import augment
     from jaxrd.threat import example_keys
     from jaxrd.training import loop, parallel
@@ -163,9 +173,7 @@ def input_of(config) -> None:
     if _INPUT.value == "data":
         _, source = loop.open_data(config)
     else:
-        generator = np.random.default_rng(0)
-        images = generator.integers(0, 256, (50_000, *_shape(_INPUT.value)), dtype=np.uint8)
-        source = data.from_arrays(images, generator.integers(10, size=50_000), classes=10)
+        source = _random_source()
     augmentation = dataclasses.replace(config.build_augmentation(), mixing="none")
     key, batches = jax.random.key(0), max(50_000 // batch_size, 1)
 
@@ -201,6 +209,76 @@ def input_of(config) -> None:
           f"{os.cpu_count()} cores; medians of {_repeats(7)} times {batches} batches")
     for name, seconds in times.items():
         print(f"  {name:<32}{1e3 * seconds:9.3f} ms a batch {batch_size / seconds:>12,.0f} images/s")
+
+
+def scaling_of(config) -> None:
+    """Prints how many devices would do on paper, or what they tell each other in the compiled step."""
+    import jax
+
+    from jaxrd.training import scaling
+
+    counts = _counts("scaling" if _SCALING.value else "collectives", _SCALING.value or _COLLECTIVES.value)
+    recipe, teacher_variables, mesh = _untrained(config)
+    if _COLLECTIVES.value:
+        print(f"{recipe.method.name}, student {config.student}, batch {config.training.batch_size}, "
+              f"{jax.default_backend()}, jax {jax.__version__}\n")
+        print(scaling.collectives_table(recipe, teacher_variables, counts, config.training.batch_size))
+        return
+    cost = scaling.step_cost(recipe, mesh, teacher_variables)
+    print(f"{recipe.method.name}, student {config.student}, teacher {recipe.teacher.name if recipe.teacher else 'none'}: "
+          f"{cost.flops / 1e9:,.1f} GFLOP an image ({cost.last_flops / 1e9:.1f} in the forward and backward pass that gives the "
+          f"gradient), gradient {cost.gradient_bytes / 1e6:.1f} MB, checkpoint {cost.state_bytes / 1e6:.1f} MB, "
+          f"{cost.image_bytes:,} bytes an image; assumed: {_DEVICE_FLOPS.value:.3g} FLOP/s a device, {_LINK_BYTES.value:.3g} "
+          f"bytes/s a link, {_LINK_LATENCY.value:.3g} s a hop\n")
+    print(scaling.paper_table(cost, [
+        scaling.on_paper(cost, count, _BATCH_PER_DEVICE.value, _DEVICE_FLOPS.value, _LINK_BYTES.value, _LINK_LATENCY.value)
+        for count in counts]))
+
+
+def _counts(flag: str, values: list[str]) -> list[int]:
+    import jax
+
+    from jaxrd.errors import InputError
+
+    if not all(value.strip().isdecimal() and int(value) for value in values):
+        raise InputError(f"--{flag}={','.join(values)}; give numbers of devices, such as 1,4,8")
+    counts = [int(value) for value in values]
+    if flag == "collectives" and max(counts) > jax.device_count():
+        raise InputError(f"--collectives={','.join(values)}, but there are {jax.device_count()} devices; add "
+                         f"--cpu_devices={max(counts)}")
+    return counts
+
+
+def _untrained(config):
+    """Returns (recipe, shapes of the teacher's variables, mesh); with --input=32x32x3 there need be no data."""
+    import types
+
+    import jax
+
+    from jaxrd import models
+    from jaxrd.training import loop, parallel
+
+    mesh = parallel.data_mesh(jax.devices()[:1])
+    if _INPUT.value and _INPUT.value != "data":
+        source = _random_source()
+        dataset = types.SimpleNamespace(train=source)
+    else:
+        dataset, source = loop.open_data(config)
+    teacher = models.create(_TEACHER_MODEL.value or config.student, classes=source.classes, image_shape=source.image_shape)
+    recipe, _ = loop.build_recipe(config, dataset, source.epoch, mesh, teacher=teacher)
+    variables = jax.eval_shape(teacher.init, jax.random.key(0)) if recipe.teacher else None
+    return recipe, variables, mesh
+
+
+def _random_source():
+    """Returns 50,000 random images of 10 classes, of the shape in --input."""
+    import numpy as np
+
+    from jaxrd import data
+
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (50_000, *_shape(_INPUT.value)), dtype=np.uint8)
+    return data.from_arrays(images, generator.integers(10, size=50_000), classes=10)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -1,0 +1,190 @@
+"""How a run scales on paper: what a step computes and what its devices tell each other, set against what devices can do.
+
+Nothing is run. The figures of a step are those of its program; speed of devices and links is the caller's assumption. The model
+is the usual one for data parallelism: every device computes its share of the batch, and the gradient is added up over all of
+them, each sending and receiving 2 (n - 1) / n of its bytes in 2 log2(n) hops, which can go on while the backward pass does.
+BatchNorm's statistics, a few thousand numbers for each layer, are left out: they cost hops, and `bn_groups` saves them.
+"""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from jaxrd import models
+from jaxrd.attacks import loop_unroll
+from jaxrd.errors import InputError
+from jaxrd.training import parallel, state as states
+from jaxrd.training.collectives import collectives
+from jaxrd.training.step import Recipe, make_train_step, shardings
+
+BACKWARD_SHARE = 2 / 3  # of a forward and backward pass; in the last of them the gradient travels
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """What one step takes, whatever it runs on.
+
+    Attributes:
+      flops: floating-point operations for one example, attack and teacher included, as XLA counts those of the program.
+      last_flops: of those, the forward and backward pass of all views that gives the gradient.
+      gradient_bytes: what is added up over the devices: a float32 for each of the student's parameters.
+      state_bytes: parameters, statistics, optimiser's state and weight average: a checkpoint, and what each device holds.
+      image_bytes: of one example, with its label, on its way to a device.
+    """
+
+    flops: float
+    last_flops: float
+    gradient_bytes: int
+    state_bytes: int
+    image_bytes: int
+
+
+def step_cost(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict | None, batch: int = 8) -> StepCost:
+    """Returns the cost of a step from its program, which is lowered and neither compiled nor run.
+
+    Args:
+      recipe: the run's, without accumulation.
+      mesh: any devices, whose number divides `batch`.
+      teacher_variables: the teacher's, or their shapes; None without a teacher.
+      batch: examples of the program; what it takes for each hardly depends on it.
+
+    Raises:
+      InputError: on accelerators, whose programs keep the loop over attack steps; XLA counts its body once.
+    """
+    if loop_unroll() is not True:
+        raise InputError(f"operations are counted on CPU, not on {jax.default_backend()}; add --cpu_devices=1")
+    state = jax.eval_shape(lambda: states.create(
+        recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages))
+    rows = _rows(recipe, (batch,))
+    # All attack steps would take long to lower: they cost the same each.
+    counts = [_flops(dataclasses.replace(recipe, inner=dataclasses.replace(recipe.inner, steps=steps)), mesh, state,
+                     teacher_variables, rows) for steps in (1, 2)]
+    flops = counts[0] + (recipe.inner.steps - 1) * (counts[1] - counts[0])
+
+    def last(variables, images):
+        return recipe.student.apply(variables, images, True)[0].sum()
+
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    images = jax.ShapeDtypeStruct((batch, *recipe.student.image_shape), np.float32)
+    views = sum(len(forward) for forward in recipe.method.student_forwards)
+    last_flops = views * _counted(jax.jit(jax.grad(last, allow_int=True)).lower(variables, images))
+    held = (state.params, state.batch_stats, state.opt_state, state.average)
+    return StepCost(
+        flops / batch, last_flops / batch, 4 * models.parameter_count({"params": state.params}),
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(held)),
+        sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in rows.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class OnPaper:
+    """A number of devices, on paper.
+
+    Attributes:
+      devices: how many.
+      batch: images a step.
+      compute_seconds: of a step.
+      reduce_seconds: of the gradient's all-reduce, were nothing else going on.
+      hidden: whether the backward pass, during which it travels, takes longer.
+      least_batch: images for each device from which it does.
+      images_per_second: over all devices, the part of the all-reduce that is not hidden included.
+      input_bytes_per_second: of images for each device.
+    """
+
+    devices: int
+    batch: int
+    compute_seconds: float
+    reduce_seconds: float
+    hidden: bool
+    least_batch: int
+    images_per_second: float
+    input_bytes_per_second: float
+
+
+def on_paper(
+    cost: StepCost, devices: int, batch_per_device: int, flops: float, link: float, latency: float = 0.0,
+) -> OnPaper:
+    """Returns what `devices` devices would do.
+
+    Args:
+      cost: of a step.
+      devices: how many share a batch.
+      batch_per_device: images that each takes of it.
+      flops: floating-point operations a second that a device reaches, above 0: its peak times a utilisation.
+      link: bytes a second that a device sends and receives at once, above 0, over the slowest link.
+      latency: seconds of a hop.
+    """
+    compute = cost.flops * batch_per_device / flops
+    reduce = 2 * (devices - 1) / devices * cost.gradient_bytes / link + 2 * math.ceil(math.log2(devices)) * latency
+    backward = BACKWARD_SHARE * cost.last_flops / flops  # for one image
+    total = compute + max(0.0, reduce - backward * batch_per_device)
+    return OnPaper(devices, devices * batch_per_device, compute, reduce, reduce <= backward * batch_per_device,
+                   max(1, math.ceil(reduce / backward)), devices * batch_per_device / total,
+                   cost.image_bytes * batch_per_device / total)
+
+
+def paper_table(cost: StepCost, rows: list[OnPaper]) -> str:
+    """Returns a Markdown table of numbers of devices."""
+    lines = ["| devices | batch | compute | all-reduce | hidden | from images per device | images/s | input per device |",
+             "| ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]
+    for row in rows:
+        lines.append(
+            f"| {row.devices:,} | {row.batch:,} | {1e3 * row.compute_seconds:.1f} ms | {1e3 * row.reduce_seconds:.2f} ms | "
+            f"{'yes' if row.hidden else 'no'} | {row.least_batch} | {row.images_per_second:,.0f} | "
+            f"{row.input_bytes_per_second / 1e6:.1f} MB/s |")
+    return "\n".join(lines)
+
+
+def collectives_table(recipe: Recipe, teacher_variables: dict | None, counts: list[int], batch: int) -> str:
+    """Returns a Markdown table of the collectives in the compiled step, on several numbers of devices of this process.
+
+    Args:
+      recipe: the run's.
+      teacher_variables: the teacher's, or their shapes; None without a teacher.
+      counts: numbers of devices.
+      batch: images of a step, which each of them divides.
+    """
+    shapes = jax.eval_shape(lambda: states.create(
+        recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages))
+    kernels = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params) if len(leaf.shape) > 1)
+    lines = [f"Parameters: {4 * models.parameter_count({'params': shapes.params}):,} bytes, of which kernels {kernels:,}.", "",
+             "| devices | collectives | bytes | of which kernels' gradients | kinds |", "| ---: | ---: | ---: | ---: | --- |"]
+    for count in counts:
+        mesh = parallel.data_mesh(jax.devices()[:count])
+        program = make_train_step(recipe, mesh).lower(*_abstract(recipe, mesh, shapes, teacher_variables, batch)).compile()
+        found = collectives(program.as_text())
+        kinds = ", ".join(sorted({one.kind for one in found})) or "none"
+        reduced = sum(one.kernel_bytes for one in found if one.kind == "all-reduce")
+        lines.append(f"| {count} | {len(found)} | {sum(one.bytes for one in found):,} | {reduced:,} | {kinds} |")
+    return "\n".join(lines)
+
+
+def _abstract(recipe, mesh, state, teacher_variables, batch) -> tuple:
+    """Returns the arguments of a step as shapes with shardings."""
+    def placed(tree, placement):
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, placement)
+
+    everywhere = jax.tree.map(lambda _: parallel.replicated(mesh), teacher_variables)
+    cut = (batch,) if recipe.accumulation == 1 else (recipe.accumulation, batch // recipe.accumulation)
+    rows = _rows(recipe, cut)
+    split = parallel.sharded(mesh, recipe.accumulation)
+    return (placed(state, shardings(recipe, mesh)), placed(teacher_variables, everywhere),
+            placed(rows, dict.fromkeys(rows, split)))
+
+
+def _rows(recipe: Recipe, cut: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    images = jax.ShapeDtypeStruct((*cut, *recipe.student.image_shape), np.uint8)
+    labels = jax.ShapeDtypeStruct(cut, np.int32)
+    roles = ["", *(["partner"] if recipe.augmentation.mixes else []), *(["negative"] if recipe.method.negatives else [])]
+    return {name: value for role in roles for name, value in (
+        (f"{role or 'image'}s", images), (f"{role}_labels" if role else "labels", labels))}
+
+
+def _flops(recipe, mesh, state, teacher_variables, rows) -> float:
+    return _counted(make_train_step(recipe, mesh).lower(state, teacher_variables, rows))
+
+
+def _counted(lowered: jax.stages.Lowered) -> float:
+    return float((lowered.cost_analysis() or {}).get("flops", 0.0))
