@@ -32,6 +32,39 @@ except ImportError:  # Windows
 
 _STARTED = time.time()
 
+# What a file system says where something cannot be written to it.
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+@contextlib.contextmanager
+def disk_explained(what: str, state: Callable[[], str] | None = None) -> Iterator[None]:
+    """Turns the complaint of a full disk, or of one that takes nothing, into one line; for what an unfinished run writes.
+
+    Args:
+      what: is written in the block.
+      state: returns what else to say, such as what is saved.
+
+    Raises:
+      InputError: in place of whatever exception has such a complaint among its causes, Python's or tensorstore's.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := _disk_complaint(error)) is None:
+            raise
+        raise InputError(f"{what} cannot be written ({reason}){f'; {state()}' if state else ''}; make room there, or have it "
+                         "writable, and give the same command again") from None
+
+
+def _disk_complaint(error: BaseException | None) -> str | None:
+    while error is not None:
+        found = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's, in an exception of any type
+        number = int(found[1]) if found else error.errno if isinstance(error, OSError) else None
+        if number in NOT_WRITTEN:
+            return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
+
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, mode: str = "wb", **options) -> Iterator[IO]:

@@ -1,7 +1,6 @@
 """Data sets of TFDS's catalogue, which TFDS downloads and prepares itself, and needs TensorFlow for."""
 
 import contextlib
-import errno
 import fnmatch
 import http.client
 import importlib.util
@@ -15,9 +14,9 @@ import sys
 from jaxrd.data import digits, tfds_reader, tiny_imagenet
 from jaxrd.data.publication import Origin, Say, publish
 from jaxrd.errors import InputError, one_line
+from jaxrd.files import NOT_WRITTEN
 
 _TIMEOUT = 15  # seconds until a server that does not answer counts as not reachable
-_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def prepare_catalogue(
@@ -145,7 +144,7 @@ def _download_and_prepare(builder, root: pathlib.Path, source: pathlib.Path | No
             if _is_of_the_network(cause):
                 raise InputError(f"data set {builder.name}: the download broke off ({one_line(cause)}); the same command goes "
                                  "on, or give the archive as --source=FILE") from error
-            if isinstance(cause, OSError) and cause.errno in _WRITING:
+            if isinstance(cause, OSError) and cause.errno in NOT_WRITTEN:
                 raise cause from None
         raise InputError(f"data set {builder.name}: TFDS cannot prepare it ({one_line(error)})") from error
 

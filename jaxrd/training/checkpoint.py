@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxrd import models
 from jaxrd.errors import InputError, one_line
-from jaxrd.files import signals_deferred
+from jaxrd.files import disk_explained, signals_deferred
 from jaxrd.training import processes
 from jaxrd.training.state import TrainState
 
@@ -49,12 +49,12 @@ class Checkpoints:
         """
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         self.set_aside: list[str] = []
-        self._checkpointer = None
+        self._checkpointer, self._saving = None, None
         if keep is None:
             return
         policies = ocp.training.preservation_policies
         self._set_aside(_unreadable_metrics(self.directory))  # orbax reads them all when it opens, and gives up
-        with _damage_explained(self.directory):
+        with _damage_explained(self.directory), disk_explained(str(self.directory)):
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
                 # When to save is the loop's decision, which has just validated.
@@ -69,9 +69,22 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        if self._checkpointer:
-            self._checkpointer.close()
+    def __exit__(self, kind, *_):
+        if self._checkpointer is None:
+            return
+        if kind is None:
+            with self._saving_explained():
+                self._checkpointer.close()
+        elif jax.process_count() == 1 or issubclass(kind, processes.SharedInputError | SystemExit | KeyboardInterrupt):
+            with contextlib.suppress(Exception):  # what is on its way says more
+                self._checkpointer.close()
+        # Else the others, which do not come here, would be waited for.
+
+    def _saving_explained(self):
+        def newest():
+            return f"step {self.steps[-1]} is saved" if self.steps else "nothing is saved yet"
+
+        return disk_explained(f"{self.directory}: the checkpoint of step {self._saving}", newest)
 
     @property
     def steps(self) -> list[int]:
@@ -92,19 +105,28 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float]) -> None:
         """Starts saving and returns; an earlier save that still runs is waited for.
 
+        What goes wrong in the background is raised by the next `save` or `wait`, or at the end.
+
         Args:
           step: the number it is saved under.
           state: may be donated to the next step at once.
           metadata: what `restore_model` reads: {"config": ..., "model": arguments of `models.create`,
             "teacher_step": of the run's teacher, or None}.
           metrics: validation metrics; `BEST_METRIC` among them decides which step is the best.
+
+        Raises:
+          InputError: the disk is full or takes nothing.
         """
-        self._checkpointer.save_checkpointables_async(
-            step, {"state": _as_tree(state)}, metrics=metrics, custom_metadata=metadata, force=True)
+        self.wait()
+        self._saving = step
+        with self._saving_explained():
+            self._checkpointer.save_checkpointables_async(
+                step, {"state": _as_tree(state)}, metrics=metrics, custom_metadata=metadata, force=True)
 
     def wait(self) -> None:
-        """Returns when no save is running."""
-        self._checkpointer.wait()
+        """Returns when no save is running; raises InputError where the last one found a full disk."""
+        with self._saving_explained():
+            self._checkpointer.wait()
 
     def restore(self, step: int, state: TrainState) -> TrainState:
         """Returns the state saved at `step`, placed and typed as `state` is.
@@ -327,6 +349,8 @@ def _damage_explained(where: pathlib.Path):
     """Turns whatever orbax raises on a file that is cut short or missing into one line about `where`."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         # Orbax wraps the cause several times, and in its own words it is a missing handler.
         cause = error

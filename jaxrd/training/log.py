@@ -1,5 +1,6 @@
 """What a run says: metrics.jsonl, one console line per entry, and a progress bar where there is a terminal."""
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from jaxrd.attacks.progress import duration
 from jaxrd.config import Config
-from jaxrd.files import replacing
+from jaxrd.files import disk_explained, replacing
 from jaxrd.training.writers import open_writers
 
 
@@ -27,7 +28,8 @@ class Log:
         kept = [entry for entry in read_metrics(path) if entry["step"] <= resumed_at]
         self._seconds_before = max((entry.get("seconds", 0.0) for entry in kept), default=0.0)
         if self._main:
-            write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            with disk_explained(str(path)):
+                write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._writers = open_writers(workdir, config, resumed_at=resumed_at) if self._main else []
         self._file = open(path, "a") if self._main else None
         self._began = time.perf_counter()
@@ -43,7 +45,8 @@ class Log:
         for writer in self._writers:
             writer.close()
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # said where it was written
+                self._file.close()
 
     def say(self, line: str) -> None:
         if self._main:
@@ -106,8 +109,9 @@ class Log:
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self._file:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
+            with disk_explained(self._file.name):
+                self._file.write(json.dumps(entry) + "\n")
+                self._file.flush()
         for writer in self._writers:
             writer.write(entry["step"], {name: value for name, value in entry.items() if name != "step"})
 

@@ -25,6 +25,7 @@ from jaxrd.data.opening import DataSet
 from jaxrd.distillation import InnerMaximisation
 from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
+from jaxrd.files import disk_explained
 from jaxrd.training import checkpoint, parallel, processes, schedule, state as states, swa
 from jaxrd.training.checks import check_batch, check_claim, check_teacher, check_teacher_gradient, claim
 from jaxrd.training.feeding import Feeder
@@ -103,7 +104,8 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
         log.say(f"{log.workdir} is finished: step {step} of {steps}")
         return state
     if processes.is_main():
-        write_json(log.workdir / "environment.json", environment())
+        with disk_explained(str(log.workdir / "environment.json")):
+            write_json(log.workdir / "environment.json", environment())
     log.say(_what_it_sees(config, dataset, train_source))
     feeder = Feeder(
         train_source, mesh, seed=config.seed, batch_size=batch_size, first=step, last=steps,

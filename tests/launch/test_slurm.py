@@ -48,7 +48,7 @@ def test_a_task_alone_is_one_process_and_silent(slurm, tmp_path, how):
     assert out == "step 1: 2 over 2 devices\n"
 
 
-@pytest.mark.parametrize("tasks", [1])
+@pytest.mark.parametrize("tasks", [1, 2])
 def test_a_preempted_job_requeues_and_resumes(slurm, tmp_path, tiny_arrays, tasks):
     run, out = tmp_path / "run", tmp_path / "out"
     sent = call(
