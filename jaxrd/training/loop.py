@@ -53,10 +53,11 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
     """
     workdir = pathlib.Path(workdir)
     mesh = parallel.data_mesh(devices)
-    parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh)
 
     # Resume order:
     with processes.together():  # what one process refuses ends all
+        parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh,
+                                  accumulation=config.training.accumulation, bn_groups=config.bn_groups)
         # 1. The run directory belongs to this configuration, or to nobody.
         check_claim(workdir, config)
         # 2. What the configuration names: data, teacher (as it was when the run began), student, the step compiled for them.
