@@ -40,7 +40,8 @@ class StopSignal:
 
     def __exit__(self, *_):
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            # None stands for one that was not set by Python, and cannot be set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def after_step(self) -> str | None:
         """Returns the name of the signal on which to stop now, or None; every process asks once after each of its steps."""
