@@ -281,7 +281,8 @@ def parts_of(config) -> None:
     whole_recipe, parts_are = recipe, ""
     if recipe.accumulation > 1:
         batch = jax.tree.map(lambda array: array[0], batch)
-        recipe, parts_are = dataclasses.replace(recipe, accumulation=1), f"; parts: of 1 of {recipe.accumulation} micro-batches"
+        parts_are = f"; parts: of 1 of {recipe.accumulation} micro-batches"
+        recipe = dataclasses.replace(recipe, accumulation=1)
     augment = jax.jit(lambda key, batch: (steps.augment(recipe, key, batch), steps.augment_negatives(recipe, key, batch)))
     attack = jax.jit(lambda *inputs: steps.attack(recipe, *inputs))
     teacher = jax.jit(lambda *inputs: steps.teacher_logits(recipe, *inputs))

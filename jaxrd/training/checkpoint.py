@@ -91,8 +91,8 @@ class Checkpoints:
                     measured.append((_best_metric(_read_metrics(path)), step))
             except (OSError, ValueError) as error:
                 raise DamagedCheckpoint(
-                    f"{self.directory / str(step)}: its validation metrics cannot be read ({one_line(error)}), so that the best "
-                    f"checkpoint is not known; take the last, or one of the steps {', '.join(map(str, self.steps))}") from None
+                    f"{self.directory / str(step)}: its validation metrics cannot be read ({one_line(error)}), so that the "
+                    f"best checkpoint is not known; take the last, or one of the steps {', '.join(map(str, self.steps))}") from None
         return max(measured)[1] if measured else None
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float]) -> None:

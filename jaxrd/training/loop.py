@@ -8,6 +8,7 @@ state.
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import platform
 import signal
@@ -331,7 +332,7 @@ def environment() -> dict[str, Any]:
         "jaxrd": jaxrd.__version__, "jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__,
         "numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform(),
         "devices": [str(device.device_kind) for device in jax.devices()], "processes": jax.process_count(),
-        "git_commit": commit or None,
+        "xla_flags": os.environ.get("XLA_FLAGS") or None, "git_commit": commit or None,
     }
 
 
