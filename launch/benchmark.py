@@ -310,16 +310,18 @@ def _prepare(config, mesh):
 
     from jaxrd import models
     from jaxrd.training import loop, parallel, state as states
+    from jaxrd.training.step import shardings
 
-    parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh)
+    parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh,
+                              accumulation=config.training.accumulation, bn_groups=config.bn_groups)
     dataset, source = loop.open_data(config)
     teacher_model = None
     if _TEACHER_MODEL.value:
         teacher_model = models.create(_TEACHER_MODEL.value, classes=source.classes, image_shape=source.image_shape)
     recipe, teacher_variables = loop.build_recipe(config, dataset, source.epoch, mesh, teacher=teacher_model)
-    state = jax.device_put(
-        states.create(recipe.student, recipe.optimizer, jax.random.key(config.seed),
-                      weight_average=recipe.averages), parallel.replicated(mesh))
+    state = states.create(
+        recipe.student, recipe.optimizer, jax.random.key(config.seed), weight_average=recipe.averages)
+    state = parallel.replicate(state, mesh, shardings(recipe, mesh))
     with _feeder(config, source, recipe, mesh) as batches:
         batch = next(batches)
     return recipe, teacher_variables, state, batch, source
@@ -329,7 +331,8 @@ def _feeder(config, source, recipe, mesh):
     from jaxrd.training.feeding import Feeder
 
     return Feeder(source, mesh, seed=config.seed, batch_size=config.training.batch_size,
-                  partners=recipe.augmentation.mixes, negatives=recipe.method.negatives, resident=config.data.resident)
+                  partners=recipe.augmentation.mixes, negatives=recipe.method.negatives, resident=config.data.resident,
+                  accumulation=recipe.accumulation)
 
 
 def parts_of(config) -> None:
@@ -352,7 +355,12 @@ def parts_of(config) -> None:
     jax.clear_caches()
     _, cached = compile_step()
 
-    # Each part on the outputs of the one before.
+    # Each part on the outputs of the one before; of accumulated batches, of one micro-batch.
+    whole_recipe, parts_are = recipe, ""
+    if recipe.accumulation > 1:
+        batch = jax.tree.map(lambda array: array[0], batch)
+        parts_are = f"; parts: of 1 of {recipe.accumulation} micro-batches"
+        recipe = dataclasses.replace(recipe, accumulation=1)
     augment = jax.jit(lambda key, batch: (steps.augment(recipe, key, batch), steps.augment_negatives(recipe, key, batch)))
     attack = jax.jit(lambda *inputs: steps.attack(recipe, *inputs))
     teacher = jax.jit(lambda *inputs: steps.teacher_logits(recipe, *inputs))
@@ -378,14 +386,14 @@ def parts_of(config) -> None:
         state, metrics = train_step(state, teacher_variables, next(batches))
         jax.block_until_ready(metrics)
 
-    with _feeder(config, source, recipe, mesh) as batches:
+    with _feeder(config, source, whole_recipe, mesh) as batches:
         total = _median(whole)
         waited = batches.waited / (_repeats() + 1)
     # XLA counts the body of a loop once: only where attacks are unrolled does the figure hold.
     unrolled = attacks.loop_unroll() is True
     flops = (train_step.cost_analysis() or {}).get("flops", 0.0) if unrolled else 0.0
     print(f"{recipe.method.name}: {config.student}, batch {config.training.batch_size}, "
-          f"{mesh.size} {jax.default_backend()} device(s), {os.cpu_count()} cores; medians of {_repeats()}")
+          f"{mesh.size} {jax.default_backend()} device(s), {os.cpu_count()} cores; medians of {_repeats()}{parts_are}")
     for name, seconds in times.items():
         print(f"  {name:<32}{1e3 * seconds:9.2f} ms")
     print(f"  {'whole step':<32}{1e3 * total:9.2f} ms   {config.training.batch_size / total:,.0f} images/s"

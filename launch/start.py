@@ -10,12 +10,14 @@ flags.disclaim_key_flags()  # they stand in the help of the commands that take t
 
 
 def define_flags() -> None:
-    """Defines how this process finds the others."""
+    """Defines how this process finds the others, and whether its arithmetic is to be repeatable."""
     flags.DEFINE_string("coordinator", None, "Of several processes: HOST:PORT of process 0. By default what the cluster says.")
     flags.DEFINE_integer("processes", None, "How many processes there are. By default what the cluster says, else 1.")
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0. By default what the cluster says.")
     flags.DEFINE_integer("cpu_devices", None, "Run on so many fake CPU devices in each process.")
     flags.DEFINE_float("start_timeout", 300.0, "Seconds to wait for the other processes.")
+    flags.DEFINE_bool("deterministic", False, "On GPUs: XLA's deterministic operations, without autotuning, so that a run "
+                      "given again comes to the same bits; slower. Not tested on one yet.")
 
 
 def initialize() -> None:
@@ -23,15 +25,16 @@ def initialize() -> None:
     from jaxrd.training import startup
 
     values = flags.FLAGS
+    if values.deterministic:  # XLA reads it when the first backend starts
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     startup.initialize(values.coordinator, values.processes, values.process_id, local_devices=values.cpu_devices,
                        timeout=values.start_timeout)
 
 
 def supposed_process_id() -> int:
     """Returns which process this seems to be before anything is parsed, so that one alone answers a wrong command."""
-    for argument in sys.argv:
-        if match := re.fullmatch(r"--?process_id=(\d+)", argument):
-            return int(match[1])
+    if match := re.search(r"(?:^| )--?process_id[= ](\d+)(?: |$)", " ".join(sys.argv)):
+        return int(match[1])
     if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         return int(os.environ.get("SLURM_PROCID", 0))
     return int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))

@@ -1,8 +1,5 @@
 """What tests of several rooms share."""
 
-import math
-import re
-
 import numpy as np
 import pytest
 
@@ -31,16 +28,3 @@ def changed_copies(directory, content):
         path.unlink(missing_ok=True)
         path.write_bytes(changed)
         yield path
-
-
-def collectives(program):
-    """Returns (kind, numbers that each device receives) of every exchange between devices in a compiled program."""
-    found = []
-    for line in program.as_text().splitlines():
-        # Of a combined one the shapes are a tuple, with blanks and comments in it.
-        match = re.match(r"\s*(?:ROOT )?\S+ = (.*?) "
-                         r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", line)
-        if match:
-            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-            found.append((match[2], sum(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)))
-    return found

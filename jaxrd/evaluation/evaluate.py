@@ -105,7 +105,7 @@ def evaluate(
         found = other_data.evaluate(subject, chosen, data, examples, **shared, say=tell)
     else:
         found = _evaluate_own(subject, chosen, split, teacher, curve, shared, tell)
-    return shares.from_main(lambda: found)  # and nobody leaves before the files are written
+    return processes.from_main(lambda: found)  # and nobody leaves before the files are written
 
 
 def _evaluate_own(subject: Subject, chosen, split, teacher, curve, shared, tell) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _evaluate_own(subject: Subject, chosen, split, teacher, curve, shared, tell)
         # What chose the best checkpoint; of imported weights nobody here knows.
         "selection": None if imported else config.data.selection}, shared["seed"])
     path = workdir / "evaluation.json"
-    record.keep_earlier(found, shares.from_main(lambda: record.read(path)))
+    record.keep_earlier(found, processes.from_main(lambda: record.read(path)))
 
     results = {}
     for name, result in subject.attacked(

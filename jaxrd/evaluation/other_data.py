@@ -17,7 +17,7 @@ import numpy as np
 from jaxrd.data.opening import open_test
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError, need
-from jaxrd.evaluation import record, robustness, shares
+from jaxrd.evaluation import record, robustness
 from jaxrd.evaluation.subject import Subject
 from jaxrd.training import processes
 
@@ -73,10 +73,10 @@ def evaluate(
             "name": name, "split": "test", "examples": len(source), "of": size,
             "sha256": record.fingerprint([source.images, source.labels])}, seed)
         found["run"]["sha256"] = weights
-        earlier = shares.from_main(lambda name=name, found=found: _moved_here(
+        earlier = processes.from_main(lambda name=name, found=found: _moved_here(
             record.read(path).get(record.OTHER_DATA), name, found))
         record.keep_earlier(found, earlier)
-        known = shares.from_main(lambda found=found: [
+        known = processes.from_main(lambda found=found: [
             attack for attack, protocol in chosen.items() if _on_record(subject, found, attack, protocol)])
         missing = {attack: protocol for attack, protocol in chosen.items() if attack not in known}
         seconds = 0.0

@@ -6,9 +6,7 @@ is what one process finds.
 """
 
 import functools
-import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -104,24 +102,6 @@ def total(values: np.ndarray) -> np.ndarray:
 def longest(seconds: float) -> float:
     """Returns the longest of the times that the processes took."""
     return float(_gather_exactly(np.array([seconds])).max())
-
-
-def from_main(call: Callable[[], Any]) -> Any:
-    """Returns what `call()` gives in the main process, as JSON has it; it is called nowhere else.
-
-    What a decision of all processes rests on is read once: of a file on a shared disk two of them may see two states.
-
-    Raises:
-      InputError: whatever `call` raises.
-    """
-    if jax.process_count() == 1:
-        return call()
-    with processes.together():
-        text = json.dumps(call()).encode() if processes.is_main() else b""
-    length = int(processes.gather(np.array([len(text)], np.int32))[0, 0])
-    sent = np.zeros(length, np.uint8)
-    sent[:len(text)] = np.frombuffer(text, np.uint8)
-    return json.loads(bytes(processes.gather(sent)[0]))
 
 
 def _gather_exactly(values: np.ndarray) -> np.ndarray:

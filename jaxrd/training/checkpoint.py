@@ -36,7 +36,8 @@ class Checkpoints:
 
     Attributes:
       directory: where they lie.
-      set_aside: a line on each damaged checkpoint that opening or `restore_newest` has renamed to "damaged-STEP".
+      set_aside: a line on each damaged checkpoint that `restore_newest` has renamed to "damaged-STEP", and on validation
+        metrics that could not be read when they were opened: their checkpoint stays, as one that was not validated.
     """
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int | None = None, keep_every: int | None = None):
@@ -53,7 +54,8 @@ class Checkpoints:
         if keep is None:
             return
         policies = ocp.training.preservation_policies
-        self._set_aside(_unreadable_metrics(self.directory))  # orbax reads them all when it opens, and gives up
+        # Orbax reads the metrics of all when it opens, and gives up.
+        self.set_aside += processes.from_main(lambda: _set_metrics_aside(self.directory))
         with _damage_explained(self.directory), disk_explained(str(self.directory)):
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
@@ -97,9 +99,13 @@ class Checkpoints:
         measured = []
         for step in self.steps:
             path = self.directory / str(step) / _METRICS
-            if path.exists():
-                with _damage_explained(self.directory / str(step)):
-                    measured.append((_best_metric(json.loads(path.read_text())), step))
+            try:
+                if path.exists():
+                    measured.append((_best_metric(_read_metrics(path)), step))
+            except (OSError, ValueError) as error:
+                raise DamagedCheckpoint(
+                    f"{self.directory / str(step)}: its validation metrics cannot be read ({one_line(error)}), so that the "
+                    f"best checkpoint is not known; take the last, or one of the steps {', '.join(map(str, self.steps))}") from None
         return max(measured)[1] if measured else None
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float]) -> None:
@@ -152,7 +158,9 @@ class Checkpoints:
           InputError: all are damaged, or the newest that is not holds other leaves, shapes or dtypes than `state`.
         """
         damaged, restored = {}, state
-        for step in reversed(self.steps):
+        # On a shared disk two processes may see two lists.
+        steps = processes.from_main(lambda: self.steps)
+        for step in reversed(steps):
             error = None
             try:
                 restored = self.restore(step, state)
@@ -165,7 +173,7 @@ class Checkpoints:
                 break
             found = processes.gather_text(str(error) if isinstance(error, DamagedCheckpoint) else "")
             damaged[step] = next(filter(None, found))
-        if damaged and len(damaged) == len(self.steps):
+        if damaged and len(damaged) == len(steps):
             raise processes.refusal(next(iter(damaged.values())))
         self._set_aside(damaged)
         return restored
@@ -366,14 +374,26 @@ def _damage_explained(where: pathlib.Path):
             "delete its directory to fall back on an earlier one, or train again") from None
 
 
-def _unreadable_metrics(directory: pathlib.Path) -> dict[int, str]:
-    """Returns the steps whose validation metrics cannot be read, with what is wrong with each."""
-    found = {}
+def _set_metrics_aside(directory: pathlib.Path) -> list[str]:
+    """Renames validation metrics that cannot be read, and returns a line on each."""
+    lines = []
     for path in sorted(directory.glob(f"*/{_METRICS}")):
         step = path.parents[1]
+        if not step.name.isdigit():
+            continue
         try:
-            json.loads(path.read_text())
+            _read_metrics(path)
         except (OSError, ValueError) as error:
-            if step.name.isdigit():
-                found[int(step.name)] = f"{step}: this checkpoint is damaged ({one_line(error)})"
-    return found
+            aside = path.with_name("damaged")
+            path.rename(aside)
+            lines.append(f"{step}: its validation metrics cannot be read ({one_line(error)}); they are now "
+                         f"{aside.relative_to(step)}, and it counts as one that was not validated")
+    return lines
+
+
+def _read_metrics(path: pathlib.Path) -> dict[str, float]:
+    """Returns validation metrics; ValueError where the file holds something else."""
+    metrics = json.loads(path.read_text())
+    if not isinstance(metrics, dict) or not isinstance(metrics.get(BEST_METRIC, 0.0), int | float):
+        raise ValueError(f"{BEST_METRIC} is not a number in them")
+    return metrics

@@ -8,6 +8,7 @@ state.
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import platform
 import signal
@@ -54,10 +55,11 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
     """
     workdir = pathlib.Path(workdir)
     mesh = parallel.data_mesh(devices)
-    parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh)
 
     # Resume order:
     with processes.together():  # what one process refuses ends all
+        parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh,
+                                  accumulation=config.training.accumulation, bn_groups=config.bn_groups)
         # 1. The run directory belongs to this configuration, or to nobody.
         check_claim(workdir, config)
         # 2. What the configuration names: data, teacher (as it was when the run began), student, the step compiled for them.
@@ -333,7 +335,7 @@ def environment() -> dict[str, Any]:
         "jaxrd": jaxrd.__version__, "jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__,
         "numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform(),
         "devices": [str(device.device_kind) for device in jax.devices()], "processes": jax.process_count(),
-        "git_commit": commit or None,
+        "xla_flags": os.environ.get("XLA_FLAGS") or None, "git_commit": commit or None,
     }
 
 

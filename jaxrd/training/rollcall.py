@@ -160,7 +160,7 @@ class Peer:
         *lines, self._buffer = (self._buffer + received).split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             return [], False
         if not all(isinstance(message, dict) for message in messages):
             return [], False
@@ -224,6 +224,9 @@ def _call(coordinator, port, processes, deadline, timeout) -> tuple[dict[int, Pe
                 messages, open_ = key.data.receive()
                 for message in messages:
                     number, count = message.get("process"), message.get("processes")
+                    if type(number) is not int or type(count) is not int:
+                        open_ = False  # a stranger
+                        break
                     if count != processes:
                         refuse(f"process {number} was started as one of {count} processes, process 0 as one of {processes}; "
                                "give all of them the same --processes")
@@ -260,7 +263,9 @@ def _answer(coordinator, host, port, processes, process, deadline, timeout) -> t
         peer = Peer(connection)
         peer.send(process=process, processes=processes)
         connection.settimeout(max(deadline - time.monotonic(), 0) + timeout + 2)  # process 0 may have begun later
-        messages, _ = peer.receive()
+        messages, open_ = peer.receive()
+        while open_ and not messages:  # a line may come in parts
+            messages, open_ = peer.receive()
         for message in messages:
             if "refused" in message:
                 connection.close()

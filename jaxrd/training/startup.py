@@ -19,6 +19,7 @@ from jaxrd.errors import InputError, one_line
 from jaxrd.training import rollcall, runtime
 
 _NAMES = {"slurm": "SLURM", "ompi": "Open MPI", "gcetpu": "TPU VM", "gketpu": "GKE", "K8sCluster": "Kubernetes"}
+_MOST = 1_000_000  # of processes, devices and seconds: no number that is meant is as large
 _lifelines: rollcall.Lifelines | None = None
 
 # What collectives (gloo, NCCL) and JAX's own service say of a process that is gone.
@@ -59,7 +60,8 @@ def initialize(
         jax.config.update("jax_num_cpu_devices", local_devices)
     if processes == 1:
         return ""
-    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
+    if not coordinator and (coordinator := os.environ.get("JAX_COORDINATOR_ADDRESS") or None):
+        _check_address("JAX_COORDINATOR_ADDRESS", coordinator)
     found, local_device_ids = "flags", None
     if None in (coordinator, processes, process_id) and (cluster := _cluster()):
         found, coordinator, processes, process_id, local_device_ids = _ask(
@@ -139,15 +141,21 @@ def end_as_lost(what: str) -> NoReturn:
 def _check(coordinator, processes, process_id, local_devices, timeout) -> None:
     for name, value, least in (("processes", processes, 1), ("process_id", process_id, 0), ("cpu_devices", local_devices, 1),
                                ("start_timeout", timeout, 1)):
-        if value is not None and value < least:
-            raise InputError(f"--{name} is {value}; it must be at least {least}")
-    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
-        raise InputError(f"--coordinator is {coordinator}; write HOST:PORT of process 0, such as node1:12345")
+        if value is not None and not least <= value < _MOST:
+            raise InputError(f"--{name} is {value}; it must be at least {least}"
+                             + (f", and below {_MOST}" if not value < _MOST else ""))
+    if coordinator:
+        _check_address("--coordinator", coordinator)
     if processes is not None and process_id is not None and process_id >= processes:
         raise rollcall.RollCallError(
             f"--process_id is {process_id} with --processes={processes}; they are numbered 0 to {processes - 1}")
     if processes == 1 and coordinator is not None and process_id is None:
         raise InputError("--coordinator is given with --processes=1; leave it out, or say how many processes there are")
+
+
+def _check_address(name: str, value: str) -> None:
+    if not (re.fullmatch(r".+:\d{1,5}", value) and 0 < int(value.rpartition(":")[2]) < 2**16):
+        raise InputError(f"{name} is {value}; write HOST:PORT of process 0, such as node1:12345")
 
 
 def _check_complete(coordinator, processes, process_id) -> None:

@@ -40,7 +40,7 @@ class StopSignal:
 
     def __exit__(self, *_):
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python has not set
 
     def after_step(self) -> str | None:
         """Returns the name of the signal on which to stop now, or None; every process asks once after each of its steps."""

@@ -48,12 +48,13 @@ def reestimate(
       source: the training images.
       config: the run's configuration: seed and batch size.
       mesh: the devices.
-      batch_size: images that are forwarded at once; None: as many as in training.
+      batch_size: images that are forwarded at once; None: as many as in training, a micro-batch's.
     """
     if recipe.snapshots is None or int(state.step) < recipe.snapshots.first or not state.average["batch_stats"]:
         return state
     averaged = state.replace(params=state.average["params"], opt_state=(), average=None)
-    points = _forwarded(recipe, averaged, teacher_variables, source, config, mesh, batch_size or config.training.batch_size // recipe.accumulation)
+    batch_size = batch_size or config.training.batch_size // recipe.accumulation
+    points = _forwarded(recipe, averaged, teacher_variables, source, config, mesh, batch_size)
     measured = models.estimate_statistics(recipe.student, state.average, points)["batch_stats"]
     placed = jax.tree.map(lambda leaf: leaf.sharding, state.average["batch_stats"])
     measured = jax.jit(lambda tree: tree, out_shardings=placed)(measured)

@@ -194,12 +194,12 @@ def test_logits_that_are_not_finite_in_one_process_end_all(protocol, monkeypatch
 
 def test_what_the_main_process_reads_is_what_all_go_by(monkeypatch):
     read = {"a": [1, 2.5, None, "ß" * 3000], "b": {}}
-    assert Crew(3, monkeypatch)(lambda index: shares.from_main(lambda: read if index == 0 else 1 / 0)) == [read] * 3
+    assert Crew(3, monkeypatch)(lambda index: processes.from_main(lambda: read if index == 0 else 1 / 0)) == [read] * 3
 
     def refuse():
         raise InputError("the file is damaged")
 
-    for error in Crew(3, monkeypatch)(lambda _: shares.from_main(refuse)):
+    for error in Crew(3, monkeypatch)(lambda _: processes.from_main(refuse)):
         assert isinstance(error, InputError) and "the file is damaged" in str(error)
 
 

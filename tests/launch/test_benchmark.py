@@ -25,6 +25,14 @@ def test_the_parts_of_a_step_and_what_it_waits_for_its_input(tiny_arrays):
     assert re.search(r"waiting for input, of it +\d+\.\d+ ms +\d+\.\d\d%", out)
 
 
+def test_accumulated_batches_and_a_split_state(tiny_arrays):
+    status, out, error = benchmark(
+        f"--config.data.arrays={tiny_arrays}", "--config.data.examples=None", "--config.training.accumulation=2",
+        "--config.training.shard_state=true", "--cpu_devices=2")
+    assert status == 0, error
+    assert "2 cpu device(s)" in out and "; parts: of 1 of 2 micro-batches\n" in out
+
+
 def test_the_input_alone_on_random_images_and_on_ones_own(tiny_arrays):
     status, out, error = benchmark("--input=6x5x3", "--config.training.batch_size=5000", "--config.data.shift=2")
     assert status == 0, error

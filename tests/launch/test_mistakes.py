@@ -37,8 +37,8 @@ EARLY = {
     f"train {PGD_AT} --config.steps=1": ["config.attack.steps or config.training.steps?"],
     f"train {PGD_AT} --config.student.name=1": ["config.student.name", "config.student?"],
     f"train {PGD_AT} --noconfig.data.flipp": ["config.data.flipp", "config.data.flip?"],
-    f"train {PGD_AT} --config.xyz=1": ["config.xyz", "known: attack, data,"],
-    f"train {PGD_AT} --config.=1": ["known: attack, data,"],
+    f"train {PGD_AT} --config.xyz=1": ["config.xyz", "known: attack, bn_groups, data,"],
+    f"train {PGD_AT} --config.=1": ["known: attack, bn_groups, data,"],
     # Values of the wrong type or out of range.
     f"train {PGD_AT} --config.training.steps=abc": ["config.training.steps is 'abc'", "whole number or None"],
     f"train {PGD_AT} --config.seed=1.5": ["config.seed is 1.5", "whole number"],

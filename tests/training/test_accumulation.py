@@ -12,6 +12,7 @@ from jaxrd.config import Config, OptimizerConfig
 from jaxrd.data.augment import Augmentation
 from jaxrd.threat import ThreatModel
 from jaxrd.training import parallel, schedule, state as states, step
+from jaxrd.training.loop import train
 from tests.support import assert_input_error
 
 BATCH, PARTS, STEPS = 16, 4, 3
@@ -87,6 +88,13 @@ def test_micro_batches_are_the_same_on_four_devices_with_a_split_state_and_in_a_
     found, measured = run(dataclasses.replace(recipe("rslad+igdm", 2, 4), shard_state=True), devices=4)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_close(measured, metrics, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_its_devices_cannot_cut_is_refused_before_it_begins(tiny_config, tmp_path):
+    config = tiny_config(training={"accumulation": 2, "batch_size": 4})
+    assert_input_error(lambda: train(config, tmp_path / "run", devices=jax.devices()[:4]),
+                       "config.training.batch_size is 4, which 4 devices and 2 micro-batches cannot share", "such as 8")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_cut_is_refused(tiny_config):

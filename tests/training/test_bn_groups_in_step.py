@@ -15,7 +15,7 @@ from jaxrd.distillation import Term
 from jaxrd.distillation.views import ADVERSARIAL, CLEAN, View
 from jaxrd.evaluation.evaluate import evaluate
 from jaxrd.training import loop, parallel, state as states, step
-from tests.support import collectives
+from jaxrd.training.collectives import collectives
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BATCH, GROUPS, SHAPE, CLASSES = 16, 4, (8, 8, 1), 10
@@ -60,10 +60,10 @@ def test_a_group_holds_all_views_of_its_examples_and_stays_on_its_device():
     chex.assert_trees_all_close(found[:2], expected[:2], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found[2]["loss"], expected[2]["loss"], rtol=1e-5)
     # What crosses devices is the gradient of each forward, what moves the statistics, and the metrics, all at the end.
-    exchanged = collectives(program)
-    assert {kind for kind, _ in exchanged} == {"all-reduce"} and len(exchanged) <= 2
+    exchanged = collectives(program.as_text())
+    assert {each.kind for each in exchanged} == {"all-reduce"} and len(exchanged) <= 2
     params, statistics = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.batch_stats))
-    assert sum(count for _, count in exchanged) <= 2 * params + statistics + len(found[2])
+    assert sum(each.bytes for each in exchanged) <= 4 * (2 * params + statistics + len(found[2]))
 
 
 def test_a_run_with_groups_is_another_run_resumes_and_is_evaluated_on_any_batch(tiny_config, tmp_path):

@@ -12,6 +12,7 @@ from jaxrd import models
 from jaxrd.config import OptimizerConfig
 from jaxrd.errors import InputError
 from jaxrd.training import checkpoint, parallel, schedule, state as states
+from tests.support import assert_input_error
 
 METADATA = {"config": {"seed": 3}, "model": models.create("resnet6_w4", classes=10, image_shape=(8, 8, 1)).specification,
             "teacher_step": 40}
@@ -155,6 +156,24 @@ def _delete_the_state(step):
 
 def _delete_the_metadata(step):
     (step / "_CHECKPOINT_METADATA").unlink()
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[1]", f'{{"{checkpoint.BEST_METRIC}": "high"}}', None])
+def test_metrics_that_cannot_be_read_cost_no_checkpoint(saved, tmp_path, content):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints" / "1" / "metrics" / "metrics"
+    if content is None:
+        path.unlink()  # as one that was not validated has none
+        assert checkpoint.restore_model(tmp_path, "best")[2]["step"] == 2
+    else:
+        path.write_text(content)
+        assert_input_error(lambda: checkpoint.restore_model(tmp_path, "best"), f"{path.parents[1]}: its validation metrics",
+                           "take the last, or one of the steps 1, 2")
+    assert checkpoint.restore_model(tmp_path, 1)[2]["step"] == 1
+    with checkpoint.Checkpoints(tmp_path, keep=5) as checkpoints:  # a run that goes on
+        assert len(checkpoints.set_aside) == (content is not None)
+        assert checkpoints.steps == [1, 2] and checkpoints.best_step == 2
+        checkpoints.restore(1, make(7))
 
 
 def test_nothing_to_restore_is_one_line(tmp_path):

@@ -130,7 +130,8 @@ def test_the_configuration_and_the_environment_are_complete(finished, config):
     assert Config.from_dict(json.loads((finished[0] / "config.json").read_text())) == config
     environment = json.loads((finished[0] / "environment.json").read_text())
     assert environment["jax"] == jax.__version__ and environment["numpy"] == np.__version__
-    assert {"jaxrd", "flax", "optax", "python", "platform", "devices", "processes", "git_commit"} <= set(environment)
+    assert {"jaxrd", "flax", "optax", "python", "platform", "devices", "processes", "xla_flags",
+            "git_commit"} <= set(environment)
     assert len(environment["devices"]) == len(jax.devices())
 
 

@@ -37,14 +37,24 @@ def port():
     (dict(coordinator="a:1", processes=2, process_id=2), ["--process_id is 2 with --processes=2", "0 to 1"]),
     (dict(coordinator="a:1", processes=1), ["--processes=1", "leave it out"]),
     (dict(coordinator="a", processes=2, process_id=0), ["--coordinator is a", "HOST:PORT"]),
+    (dict(coordinator="a:0", processes=2, process_id=0), ["--coordinator is a:0", "HOST:PORT"]),
+    (dict(coordinator="a:65536", processes=2, process_id=0), ["--coordinator is a:65536", "HOST:PORT"]),
     (dict(processes=0), ["--processes is 0", "at least 1"]),
     (dict(process_id=-1), ["--process_id is -1", "at least 0"]),
     (dict(local_devices=0), ["--cpu_devices is 0"]),
     (dict(timeout=0.0), ["--start_timeout is 0.0"]),
+    (dict(timeout=float("inf")), ["--start_timeout is inf", "below 1000000"]),
+    (dict(timeout=float("nan")), ["--start_timeout is nan"]),
     (dict(silence=1.0), ["JAXRD_HEARTBEAT_TIMEOUT is 1.0", "5 to 3600"]),
 ])
 def test_flags_that_do_not_fit_together(no_cluster, arguments, mentions):
     assert_input_error(lambda: startup.initialize(**arguments), *mentions)
+
+
+def test_an_address_of_the_environment_counts_where_it_is_needed(no_cluster):
+    no_cluster.setenv("JAX_COORDINATOR_ADDRESS", "a")
+    assert startup.initialize(processes=1) == ""
+    assert_input_error(lambda: startup.initialize(processes=2, process_id=0), "JAX_COORDINATOR_ADDRESS is a", "HOST:PORT")
 
 
 @pytest.mark.parametrize("variables", [
@@ -107,7 +117,8 @@ def test_all_that_come_together_hear_of_one_port_and_end_together(port):
 def test_what_is_no_process_of_the_run_is_not_counted(port):
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         both = threads.submit(join, port, (0, 2))
-        for message in (b"GET / HTTP/1.1\r\n\r\n", b'["process", 1]\n', b""):
+        for message in (b"GET / HTTP/1.1\r\n\r\n", b'["process", 1]\n', b"", b"{}\n", b'{"process": [1], "processes": 2}\n',
+                        b"[" * 50_000 + b"\n"):
             with _connected(port) as stranger:
                 stranger.sendall(message)
         with _connected(port):  # that says nothing
