@@ -1,7 +1,7 @@
 """`launch.train` as one of several processes, to which something happens: `python -m tests.training.faulty`.
 
-The variable FAULT, such as "kill in a save:1", is a moment and the number of the process that it befalls; the others train as ever. What is patched here is only where
-and when the signal comes.
+The variable FAULT, such as "kill in a save:1", is a moment and the number of the process that it befalls; the others train as
+ever. What is patched here is only where and when the signal comes.
 """
 
 import os

@@ -35,8 +35,8 @@ def flags(tiny_arrays):
     """Of a run of 10 steps that saves after 4, 8 and 10."""
     return ["--config=configs/digits.py:pgd_at", f"--config.data.arrays={tiny_arrays}", "--config.data.examples=None",
             "--config.data.shift=1", "--config.data.selection=last", "--config.student=resnet6_w4",
-            "--config.training.batch_size=16", "--config.attack.steps=1", f"--config.training.steps={LAST}", f"--config.training.checkpoint_every={SAVED}",
-            "--config.training.log_every=1", "--config.training.keep=5"]
+            "--config.training.batch_size=16", "--config.attack.steps=1", f"--config.training.steps={LAST}",
+            f"--config.training.checkpoint_every={SAVED}", "--config.training.log_every=1", "--config.training.keep=5"]
 
 
 @pytest.fixture(scope="module")
