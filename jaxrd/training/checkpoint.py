@@ -21,6 +21,7 @@ from jaxrd.training import processes
 from jaxrd.training.state import TrainState
 
 BEST_METRIC = "validation/pgd_accuracy"
+_ROOM = 1 << 18  # bytes of a checkpoint besides its arrays
 _METRICS = "metrics/metrics"  # where orbax puts them in a step's directory
 
 
@@ -83,10 +84,24 @@ class Checkpoints:
         # Else the others, which do not come here, would be waited for.
 
     def _saving_explained(self):
-        def newest():
-            return f"step {self.steps[-1]} is saved" if self.steps else "nothing is saved yet"
+        return disk_explained(f"{self.directory}: the checkpoint of step {self._saving}", self._newest)
 
-        return disk_explained(f"{self.directory}: the checkpoint of step {self._saving}", newest)
+    def _newest(self) -> str:
+        return f"step {self.steps[-1]} is saved" if self.steps else "nothing is saved yet"
+
+    def _check_room(self, state: TrainState) -> None:
+        """Raises InputError where the disk has no room for a save by several processes.
+
+        Where one of them meets a full disk, orbax can leave all of them at its barriers for 20 minutes.
+        """
+        # Each writes its part, and then one copies all parts into one file.
+        needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(_as_tree(state))) + _ROOM
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise InputError(
+                f"{self.directory}: the checkpoint of step {self._saving} cannot be written: it takes up to "
+                f"{needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free; {self._newest()}; make room there and give the "
+                "same command again")
 
     @property
     def steps(self) -> list[int]:
@@ -125,6 +140,10 @@ class Checkpoints:
         """
         self.wait()
         self._saving = step
+        if jax.process_count() > 1:
+            with processes.together():
+                if processes.is_main():
+                    self._check_room(state)
         with self._saving_explained():
             self._checkpointer.save_checkpointables_async(
                 step, {"state": _as_tree(state)}, metrics=metrics, custom_metadata=metadata, force=True)

@@ -1,7 +1,7 @@
-"""`launch.train` as one of several processes, to which something happens: `FAULT=kill in a save:1 python -m tests.training.faulty`.
+"""`launch.train` as one of several processes, to which something happens: `python -m tests.training.faulty`.
 
-FAULT is a moment and the number of the process that it befalls; the others train as ever. What is patched here is only where
-and when the signal comes.
+The variable FAULT, such as "kill in a save:1", is a moment and the number of the process that it befalls; the others train as
+ever. What is patched here is only where and when the signal comes.
 """
 
 import os
@@ -18,7 +18,8 @@ SAVED, STOPPED, UNSAVED = 4, 6, 8  # the last step that is saved, that after whi
 def main() -> None:
     moment, process = os.environ["FAULT"].split(":")
     if start.supposed_process_id() == int(process):
-        {"kill in training": kill_in_training, "kill in a save": kill_in_a_save, "kill in the first step": kill_in_the_first_step,
+        {"kill in training": kill_in_training, "kill in a save": kill_in_a_save,
+         "kill in the first step": kill_in_the_first_step,
          "SIGTERM": lambda: signal_in_training("SIGTERM"), "SIGUSR1": lambda: signal_in_training("SIGUSR1")}[moment]()
     train.main()
 
