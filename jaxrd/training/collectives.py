@@ -6,6 +6,7 @@ How many there are depends on the compiler: XLA combines small ones, on GPU and 
 import dataclasses
 import math
 import re
+from collections.abc import Collection
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
           "f64": 8}
@@ -31,10 +32,17 @@ class Collective:
         """Of all arrays, as they are on one device."""
         return sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in self.arrays)
 
-    @property
-    def kernel_bytes(self) -> int:
-        """Of the arrays with two or more axes: gradients of kernels, which are nearly all of a network's parameters."""
-        return sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in self.arrays if len(shape) > 1)
+    def bytes_of(self, shapes: Collection[tuple[int, ...]]) -> int:
+        """Returns the bytes of the arrays that have one of these shapes, whose axes the compiler may have exchanged.
+
+        Gradients of kernels are told by those of the kernels: BatchNorm's statistics have others.
+        """
+        wanted = {_without_order(shape) for shape in shapes}
+        return sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in self.arrays if _without_order(shape) in wanted)
+
+
+def _without_order(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(size for size in shape if size > 1))
 
 
 def collectives(program: str) -> list[Collective]:

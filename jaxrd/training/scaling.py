@@ -147,15 +147,16 @@ def collectives_table(recipe: Recipe, teacher_variables: dict | None, counts: li
     """
     shapes = jax.eval_shape(lambda: states.create(
         recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages))
-    kernels = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params) if len(leaf.shape) > 1)
-    lines = [f"Parameters: {4 * models.parameter_count({'params': shapes.params}):,} bytes, of which kernels {kernels:,}.", "",
+    kernels = [leaf.shape for leaf in jax.tree.leaves(shapes.params) if len(leaf.shape) > 1]
+    lines = [f"Parameters: {4 * models.parameter_count({'params': shapes.params}):,} bytes, of which kernels "
+             f"{sum(4 * math.prod(shape) for shape in kernels):,}.", "",
              "| devices | collectives | bytes | of which kernels' gradients | kinds |", "| ---: | ---: | ---: | ---: | --- |"]
     for count in counts:
         mesh = parallel.data_mesh(jax.devices()[:count])
         program = make_train_step(recipe, mesh).lower(*_abstract(recipe, mesh, shapes, teacher_variables, batch)).compile()
         found = collectives(program.as_text())
         kinds = ", ".join(sorted({one.kind for one in found})) or "none"
-        reduced = sum(one.kernel_bytes for one in found if one.kind == "all-reduce")
+        reduced = sum(one.bytes_of(kernels) for one in found if one.kind == "all-reduce")
         lines.append(f"| {count} | {len(found)} | {sum(one.bytes for one in found):,} | {reduced:,} | {kinds} |")
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -38,9 +39,13 @@ def program(recipe, devices, batch):
     return collectives(step.make_train_step(recipe, mesh).lower(state, teacher, rows).compile().as_text())
 
 
-def kernel_bytes():
+def kernels():
     shapes = jax.eval_shape(MODEL.init, jax.random.key(0))["params"]
-    return sum(4 * leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim > 1)
+    return [leaf.shape for leaf in jax.tree.leaves(shapes) if leaf.ndim > 1]
+
+
+def kernel_bytes():
+    return sum(4 * math.prod(shape) for shape in kernels())
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ def test_a_program_is_read_with_its_tuples():
     assert collectives(text) == [
         Collective("all-reduce", (("f32", (4, 3)),)), Collective("all-reduce", (("f32", (8,)), ("bf16", (2, 2)), ("pred", ()))),
         Collective("all-gather", (("u8", (16,)),))]
-    assert [(found.bytes, found.kernel_bytes) for found in collectives(text)] == [(48, 48), (41, 8), (16, 0)]
+    assert [(found.bytes, found.bytes_of([(3, 1, 4), (2, 2)])) for found in collectives(text)] == [(48, 48), (41, 8), (16, 0)]
 
 
 def test_one_device_tells_nobody_anything():
@@ -67,9 +72,9 @@ def test_one_device_tells_nobody_anything():
 
 def test_gradients_are_added_up_once_and_nothing_is_gathered(on_four):
     assert {found.kind for found in on_four} == {"all-reduce"}
-    assert sum(found.kernel_bytes for found in on_four) == kernel_bytes()
+    assert sum(found.bytes_of(kernels()) for found in on_four) == kernel_bytes()
     # All kernels but that of the first layer, which is ready last, travel as one.
-    assert max(found.kernel_bytes for found in on_four) >= 0.9 * kernel_bytes()
+    assert max(found.bytes_of(kernels()) for found in on_four) >= 0.9 * kernel_bytes()
     assert sum(found.bytes for found in on_four) < 2 * kernel_bytes()  # what BatchNorm tells besides is less
 
 
@@ -77,7 +82,7 @@ def test_gradients_are_added_up_once_and_nothing_is_gathered(on_four):
 def test_a_forward_for_each_view_adds_up_a_gradient_for_each(on_four):
     apart = program(recipe(joint_views=False), 4, 16)
     assert len(apart) > 2 * len(on_four)
-    assert sum(found.kernel_bytes for found in apart) == len(recipe().method.student_forwards) * kernel_bytes() == (
+    assert sum(found.bytes_of(kernels()) for found in apart) == len(recipe().method.student_forwards) * kernel_bytes() == (
         3 * kernel_bytes())
 
 
@@ -97,4 +102,4 @@ def test_of_a_split_state_the_new_kernels_alone_are_gathered(on_four):
 def test_micro_batches_are_cut_without_moving_an_image():
     found = program(dataclasses.replace(recipe("ard"), accumulation=2), 4, 16)
     assert {one.kind for one in found} == {"all-reduce"}
-    assert sum(one.kernel_bytes for one in found) == 2 * kernel_bytes()
+    assert sum(one.bytes_of(kernels()) for one in found) == 2 * kernel_bytes()
