@@ -52,7 +52,7 @@ def parse(value: Duration) -> tuple[int | float, str]:
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong
     try:
-        amount = fractions.Fraction(text.replace(" ", "") if isinstance(text, str) else float(text))
+        amount = fractions.Fraction(text if isinstance(text, str) else float(text))
         exact = int(amount) if amount.denominator == 1 else float(amount)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise wrong from None
