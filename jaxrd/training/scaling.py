@@ -3,7 +3,7 @@
 Nothing is run. The figures of a step are those of its program; speed of devices and links is the caller's assumption. The model
 is the usual one for data parallelism: every device computes its share of the batch, and the gradient is added up over all of
 them, each sending and receiving 2 (n - 1) / n of its bytes in 2 log2(n) hops, which can go on while the backward pass does.
-BatchNorm's statistics, a few thousand numbers for each layer, are left out: they cost hops, and `bn_groups` saves them.
+BatchNorm's statistics are a few numbers, but the layers wait for them: their hops are added, not hidden.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxrd.attacks import loop_unroll
 from jaxrd.errors import InputError
 from jaxrd.training import parallel, state as states
 from jaxrd.training.collectives import collectives
-from jaxrd.training.step import Recipe, make_train_step, shardings
+from jaxrd.training.step import Recipe, joint_forwards, make_train_step, shardings
 
 BACKWARD_SHARE = 2 / 3  # of a forward and backward pass; in the last of them the gradient travels
 
@@ -32,6 +32,8 @@ class StepCost:
       gradient_bytes: what is added up over the devices: a float32 for each of the student's parameters.
       state_bytes: parameters, statistics, optimiser's state and weight average: a checkpoint, and what each device holds.
       image_bytes: of one example, with its label, on its way to a device.
+      exchanges: how often the layers of a step wait for statistics of the whole batch: for the mean and the variance of each
+        BatchNorm, and for their gradients together; 0 where its groups lie within devices (`bn_groups`).
     """
 
     flops: float
@@ -39,6 +41,7 @@ class StepCost:
     gradient_bytes: int
     state_bytes: int
     image_bytes: int
+    exchanges: int = 0
 
 
 def step_cost(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict | None, batch: int = 8) -> StepCost:
@@ -70,11 +73,15 @@ def step_cost(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict |
     images = jax.ShapeDtypeStruct((batch, *recipe.student.image_shape), np.float32)
     views = sum(len(forward) for forward in recipe.method.student_forwards)
     last_flops = views * _counted(jax.jit(jax.grad(last, allow_int=True)).lower(variables, images))
+    # Views that are not forwarded together wait for their own.
+    forwards = len(joint_forwards(recipe))
+    layers = len(jax.tree.leaves(state.batch_stats)) // 2 // recipe.student.batch_norm_sets
     held = (state.params, state.batch_stats, state.opt_state, state.average)
     return StepCost(
         flops / batch, last_flops / batch, 4 * models.parameter_count({"params": state.params}),
         sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(held)),
-        sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in rows.values()))
+        sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in rows.values()),
+        0 if recipe.student.specification.get("bn_groups") else 3 * layers * forwards)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +93,7 @@ class OnPaper:
       batch: images a step.
       compute_seconds: of a step.
       reduce_seconds: of the gradient's all-reduce, were nothing else going on.
+      wait_seconds: for BatchNorm's statistics.
       hidden: whether the backward pass, during which it travels, takes longer.
       least_batch: images for each device from which it does.
       images_per_second: over all devices, the part of the all-reduce that is not hidden included.
@@ -96,6 +104,7 @@ class OnPaper:
     batch: int
     compute_seconds: float
     reduce_seconds: float
+    wait_seconds: float
     hidden: bool
     least_batch: int
     images_per_second: float
@@ -116,21 +125,24 @@ def on_paper(
       latency: seconds of a hop.
     """
     compute = cost.flops * batch_per_device / flops
-    reduce = 2 * (devices - 1) / devices * cost.gradient_bytes / link + 2 * math.ceil(math.log2(devices)) * latency
+    hops = 2 * math.ceil(math.log2(devices)) * latency
+    reduce = 2 * (devices - 1) / devices * cost.gradient_bytes / link + hops
+    wait = cost.exchanges * hops
     backward = BACKWARD_SHARE * cost.last_flops / flops  # for one image
-    total = compute + max(0.0, reduce - backward * batch_per_device)
-    return OnPaper(devices, devices * batch_per_device, compute, reduce, reduce <= backward * batch_per_device,
+    total = compute + wait + max(0.0, reduce - backward * batch_per_device)
+    return OnPaper(devices, devices * batch_per_device, compute, reduce, wait, reduce <= backward * batch_per_device,
                    max(1, math.ceil(reduce / backward)), devices * batch_per_device / total,
                    cost.image_bytes * batch_per_device / total)
 
 
 def paper_table(cost: StepCost, rows: list[OnPaper]) -> str:
     """Returns a Markdown table of numbers of devices."""
-    lines = ["| devices | batch | compute | all-reduce | hidden | from images per device | images/s | input per device |",
-             "| ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]
+    lines = ["| devices | batch | compute | BatchNorm waits | all-reduce | hidden | from images per device | images/s | input per device |",
+             "| ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]
     for row in rows:
         lines.append(
-            f"| {row.devices:,} | {row.batch:,} | {1e3 * row.compute_seconds:.1f} ms | {1e3 * row.reduce_seconds:.2f} ms | "
+            f"| {row.devices:,} | {row.batch:,} | {1e3 * row.compute_seconds:.1f} ms | {1e3 * row.wait_seconds:.1f} ms | "
+            f"{1e3 * row.reduce_seconds:.2f} ms | "
             f"{'yes' if row.hidden else 'no'} | {row.least_batch} | {row.images_per_second:,.0f} | "
             f"{row.input_bytes_per_second / 1e6:.1f} MB/s |")
     return "\n".join(lines)

@@ -248,7 +248,7 @@ def gradients_of(
 
     def mean_loss(params, views, teacher, labels, negative_labels):
         batch_stats, student = state.batch_stats, {}
-        for forwards in _joint(recipe):
+        for forwards in joint_forwards(recipe):
             first, moved = forwards[0][0], None
             # The views of a single forward are normalised together, those of several each by themselves.
             moves = tuple(forward[0].updates_statistics for forward in forwards) if len(forwards) > 1 else ()
@@ -331,7 +331,7 @@ def _labels_of(view: View, labels: Array, negative_labels: Array | None) -> Arra
     return negative_labels if view.labels == "negative_labels" else labels
 
 
-def _joint(recipe: Recipe) -> list[list[tuple[View, ...]]]:
+def joint_forwards(recipe: Recipe) -> list[list[tuple[View, ...]]]:
     """Returns the student's forwards in their order, those next to each other that can be one batch in one list."""
     lists: list[list[tuple[View, ...]]] = []
     for forward in recipe.method.student_forwards:

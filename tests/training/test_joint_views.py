@@ -48,7 +48,7 @@ def run(recipe):
 @pytest.mark.parametrize("name, options", METHODS)
 def test_views_in_one_forward_are_views_in_one_each(name, options):
     joint = recipe(name, options)
-    assert any(len(forwards) > 1 for forwards in step._joint(joint))
+    assert any(len(forwards) > 1 for forwards in step.joint_forwards(joint))
     state, metrics = run(joint)
     expected, measured = run(dataclasses.replace(joint, joint_views=False))
     chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-5)
@@ -74,5 +74,5 @@ def test_each_view_is_normalised_by_itself_and_moves_the_statistics_in_its_turn(
 def test_a_model_that_takes_one_view_at_a_time_is_given_one():
     of = recipe("rslad+igdm", {})
     single = dataclasses.replace(of, student=dataclasses.replace(of.student, joint_views=False))
-    assert [len(forwards) for forwards in step._joint(single)] == [1, 1, 1]
-    assert [len(forwards) for forwards in step._joint(of)] == [3]
+    assert [len(forwards) for forwards in step.joint_forwards(single)] == [1, 1, 1]
+    assert [len(forwards) for forwards in step.joint_forwards(of)] == [3]

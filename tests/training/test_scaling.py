@@ -1,5 +1,7 @@
 """What a step costs and how devices would do on paper, against counts made otherwise and closed forms."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -40,6 +42,8 @@ def test_a_step_is_counted_as_its_whole_program_counts():
     statistics = sum(leaf.size for leaf in jax.tree.leaves(shapes["batch_stats"]))
     assert 0 <= cost.state_bytes - 4 * (2 * parameters + statistics) <= 16
     assert cost.image_bytes == 8 * 8 + 4
+    layers = len(jax.tree.leaves(shapes["batch_stats"])) // 2
+    assert cost.exchanges == 3 * layers and scaling.StepCost(1, 1, 1, 1, 1).exchanges == 0
 
 
 def test_one_device_has_nobody_to_tell():
@@ -58,6 +62,9 @@ def test_many_devices_by_hand():
     assert (few.hidden, many.hidden) == (False, True)
     assert few.images_per_second == pytest.approx(800 / (100 * 6e9 / 1e14 + reduce - 100 * backward))
     assert many.images_per_second == pytest.approx(8 * 1e14 / 6e9)
+    waiting = scaling.on_paper(dataclasses.replace(COST, exchanges=60), 8, 1000, flops=1e14, link=1e10, latency=1e-5)
+    assert waiting.wait_seconds == pytest.approx(60 * 6 * 1e-5) and waiting.least_batch == many.least_batch
+    assert waiting.images_per_second == pytest.approx(8000 / (1000 * 6e9 / 1e14 + 60 * 6 * 1e-5))
     assert few.input_bytes_per_second == pytest.approx(3076 * few.images_per_second / 8)
     border = [scaling.on_paper(COST, 8, batch, flops=1e14, link=1e10, latency=1e-5).hidden for batch in (352, 353)]
     assert border == [False, True]
