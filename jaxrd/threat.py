@@ -172,7 +172,7 @@ class ThreatModel:
 
 
 class MicroBatchKey(NamedTuple):
-    """The key of a batch, for a part of it: the examples from position `first` on, so that they draw what they would in the whole.
+    """The key of a batch, for a part of it: the examples from position `first` on, which draw what they would in the whole.
 
     Attributes:
       key: one typed key.

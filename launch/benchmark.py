@@ -40,11 +40,13 @@ _INPUT = flags.DEFINE_string(
 _SCALING = flags.DEFINE_list(
     "scaling", None, "How so many devices would do, on paper, from the operations and bytes of the step; with --device_flops, "
     "--link_bytes, --link_latency and --batch_per_device.")
-_DEVICE_FLOPS = flags.DEFINE_float("device_flops", 2e14, "Operations a second that a device reaches, with --scaling.", lower_bound=1)
+_DEVICE_FLOPS = flags.DEFINE_float(
+    "device_flops", 2e14, "Operations a second that a device reaches, with --scaling.", lower_bound=1)
 _LINK_BYTES = flags.DEFINE_float("link_bytes", 2.5e10, "Bytes a second over the slowest link, with --scaling.", lower_bound=1)
 _LINK_LATENCY = flags.DEFINE_float("link_latency", 1e-5, "Seconds for each hop, with --scaling.", lower_bound=0)
 _BATCH_PER_DEVICE = flags.DEFINE_integer("batch_per_device", 128, "Images for each device, with --scaling.", lower_bound=1)
-_COLLECTIVES = flags.DEFINE_list("collectives", None, "The collectives of the compiled step on so many devices of this process.")
+_COLLECTIVES = flags.DEFINE_list(
+    "collectives", None, "The collectives of the compiled step on so many devices of this process.")
 start.define_flags()
 
 
@@ -226,8 +228,8 @@ def scaling_of(config) -> None:
         return
     cost = scaling.step_cost(recipe, mesh, teacher_variables)
     print(f"{recipe.method.name}, student {config.student}, teacher {recipe.teacher.name if recipe.teacher else 'none'}: "
-          f"{cost.flops / 1e9:,.1f} GFLOP an image ({cost.last_flops / 1e9:.1f} in the forward and backward pass that gives the "
-          f"gradient), gradient {cost.gradient_bytes / 1e6:.1f} MB, checkpoint {cost.state_bytes / 1e6:.1f} MB, "
+          f"{cost.flops / 1e9:,.1f} GFLOP an image ({cost.last_flops / 1e9:.1f} in the forward and backward pass that gives "
+          f"the gradient), gradient {cost.gradient_bytes / 1e6:.1f} MB, checkpoint {cost.state_bytes / 1e6:.1f} MB, "
           f"{cost.image_bytes:,} bytes an image; assumed: {_DEVICE_FLOPS.value:.3g} FLOP/s a device, {_LINK_BYTES.value:.3g} "
           f"bytes/s a link, {_LINK_LATENCY.value:.3g} s a hop\n")
     print(scaling.paper_table(cost, [

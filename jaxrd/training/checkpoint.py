@@ -120,7 +120,8 @@ class Checkpoints:
             except (OSError, ValueError) as error:
                 raise DamagedCheckpoint(
                     f"{self.directory / str(step)}: its validation metrics cannot be read ({one_line(error)}), so that the "
-                    f"best checkpoint is not known; take the last, or one of the steps {', '.join(map(str, self.steps))}") from None
+                    "best checkpoint is not known; take the last, or one of the steps "
+                    f"{', '.join(map(str, self.steps))}") from None
         return max(measured)[1] if measured else None
 
     def save(self, step: int, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float]) -> None:

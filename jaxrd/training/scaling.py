@@ -137,7 +137,8 @@ def on_paper(
 
 def paper_table(cost: StepCost, rows: list[OnPaper]) -> str:
     """Returns a Markdown table of numbers of devices."""
-    lines = ["| devices | batch | compute | BatchNorm waits | all-reduce | hidden | from images per device | images/s | input per device |",
+    lines = ["| devices | batch | compute | BatchNorm waits | all-reduce | hidden | from images per device | images/s | "
+             "input per device |",
              "| ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]
     for row in rows:
         lines.append(

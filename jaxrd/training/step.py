@@ -92,8 +92,8 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
     is sharded over "data" along the second (`parallel.sharded`). Metrics are scalars: means over the global batch.
 
     Raises:
-      InputError: a method that cannot take the soft labels of mixed images, or smooth ones, or whose attack takes negatives from
-        the batch and would find them in a micro-batch only.
+      InputError: a method that cannot take the soft labels of mixed images, or smooth ones, or whose attack takes negatives
+        from the batch and would find them in a micro-batch only.
     """
     check_mixing(recipe.method, recipe.augmentation)
     check_label_smoothing(recipe.method, recipe.label_smoothing)

@@ -109,5 +109,5 @@ def test_what_cannot_be_cut_is_refused(tiny_config):
         "method": path, "teacher": "runs/t", "training": {"accumulation": 2}}), "accumulation is 2", "path_negatives=data")
     mesh = parallel.data_mesh()
     assert_input_error(lambda: parallel.check_batch_size("config.training.batch_size", 24, mesh, 4, 6),
-                       "config.training.batch_size is 24", "4 devices and 4 micro-batches and 6 BatchNorm groups", "multiple of 48",
-                       "such as 48")
+                       "config.training.batch_size is 24", "4 devices and 4 micro-batches and 6 BatchNorm groups",
+                       "multiple of 48", "such as 48")
