@@ -1,11 +1,12 @@
 """Batches are split over the devices in their order, and states are copied to each."""
 
 import os
+import sys
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxrd.errors import InputError
 from jaxrd.training import parallel
@@ -49,3 +50,43 @@ def test_the_compilation_cache_has_a_home_and_gives_way_to_the_users(monkeypatch
         assert getattr(jax.config, name) == str(tmp_path / "jaxrd" / "xla")
     finally:
         jax.config.update(name, before)
+
+
+def test_a_state_is_split_by_its_kernels_along_their_longest_axis():
+    mesh = parallel.data_mesh()
+    tree = {"kernel": np.zeros((3, 3, 8, 16)), "dense": np.zeros((12, 10)), "odd": np.zeros((3, 5)), "bias": np.zeros(16),
+            "count": np.zeros(())}
+    found = {name: sharding.spec for name, sharding in parallel.state_shardings(tree, mesh).items()}
+    assert found == {
+        "kernel": PartitionSpec(None, None, None, "data"), "dense": PartitionSpec("data"), "odd": PartitionSpec(),
+        "bias": PartitionSpec(), "count": PartitionSpec()}
+    placed = parallel.replicate(tree, mesh, parallel.state_shardings(tree, mesh))
+    assert [shard.data.shape for shard in placed["kernel"].addressable_shards] == [(3, 3, 8, 4)] * 4
+    one = parallel.data_mesh(jax.devices()[:1])
+    assert all(sharding.spec == PartitionSpec() for sharding in parallel.state_shardings(tree, one).values())
+
+
+def test_a_process_is_fed_at_full_speed_and_the_users_settings_stand(monkeypatch):
+    calls, before = [], sys.getswitchinterval()
+
+    class Library:
+        @staticmethod
+        def mallopt(*arguments):
+            calls.append(arguments)
+
+    monkeypatch.setattr(parallel.ctypes, "CDLL", lambda _: Library)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        parallel.prepare_process()
+        assert sys.getswitchinterval() == pytest.approx(1e-4)
+        assert calls == [(-3, 32 << 20), (-1, 1 << 30)]
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+        parallel.prepare_process()
+        monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+        monkeypatch.setattr(parallel.ctypes, "CDLL", lambda _: object())  # another C library than glibc
+        parallel.prepare_process()
+        assert len(calls) == 2
+    finally:
+        sys.setswitchinterval(before)
