@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrd import models
+from jaxrd.models.normalization import BatchLayout
 from jaxrd.models.resnet import BasicBlock, ResNet
 from jaxrd.training import parallel
 from jaxrd.training.collectives import collectives
@@ -54,7 +55,8 @@ def small_variables():
 
 def forward(bn_groups, variables, images):
     """(logits, moved statistics) of the small network in train mode."""
-    logits, moved = SMALL.apply(variables, images, train=bn_groups, mutable=["batch_stats"])
+    layout = BatchLayout(bn_groups) if bn_groups > 1 else True
+    logits, moved = SMALL.apply(variables, images, train=layout, mutable=["batch_stats"])
     return logits, moved["batch_stats"]
 
 
@@ -101,14 +103,14 @@ def test_one_forward_of_groups_is_a_forward_of_each():
     assert np.abs(alone(batch, direction)["logits"] - together["logits"]).max() > 0.01
 
 
-def reductions(jaxpr, rank, axis):
-    """How many sums over that axis of arrays of that rank a traced program holds."""
+def reductions(jaxpr, axes):
+    """How many sums over exactly these axes of arrays with four a traced program holds."""
     count = 0
     for equation in jaxpr.eqns:
-        count += (equation.primitive.name == "reduce_sum" and equation.invars[0].aval.ndim == rank
-                  and axis in equation.params["axes"])
+        count += (equation.primitive.name == "reduce_sum" and equation.invars[0].aval.ndim == 4
+                  and tuple(equation.params["axes"]) == axes)
         inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
-        count += sum(reductions(part, rank, axis) for part in inner if hasattr(part, "eqns"))
+        count += sum(reductions(part, axes) for part in inner if hasattr(part, "eqns"))
     return count
 
 
@@ -120,11 +122,12 @@ def test_every_layer_of_every_architecture_has_groups(name):
     fresh = jax.eval_shape(plain.init, jax.random.key(0))
     assert jax.eval_shape(grouped.init, jax.random.key(0)) == fresh
     layers = len(jax.tree.leaves(fresh["batch_stats"])) // 2
-    # A mean and a variance of each layer, over the rows of the batch, or, with groups, over those of each group alone.
+    # A mean and a variance of each layer, over [batch, height, width, ...], or, with groups, over the second axis of the rows'
+    # means, [groups, examples, views, ...].
     for model, over_batch, over_group in ((plain, 2 * layers, 0), (grouped, 0, 2 * layers)):
         traced = jax.make_jaxpr(functools.partial(model.apply, train=True), return_shape=True)
         jaxpr, (_, moved) = traced(fresh, images(2 * GROUPS))
-        assert (reductions(jaxpr.jaxpr, 4, axis=0), reductions(jaxpr.jaxpr, 3, axis=1)) == (over_batch, over_group)
+        assert (reductions(jaxpr.jaxpr, (0, 1, 2)), reductions(jaxpr.jaxpr, (1,))) == (over_batch, over_group)
         assert moved == fresh["batch_stats"]
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrd.models.normalization import batch_norm, normalize_images
+from jaxrd.models.normalization import BatchLayout, batch_norm, normalize_images
 
 OLD_MEAN, OLD_VARIANCE = 3.0, 4.0
 
@@ -43,7 +43,7 @@ def test_evaluation_normalises_by_the_running_statistics_and_keeps_them():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_large_mean_does_not_cancel_the_variance(groups):
     x = activations(offset=1e4)
-    _, statistics = forward(x, train=groups)
+    _, statistics = forward(x, train=BatchLayout(groups))
     variance = np.asarray(x, np.float64).reshape(groups, -1, 2).var(1).mean(0)
     np.testing.assert_allclose(statistics["var"], 0.9 * OLD_VARIANCE + 0.1 * variance, rtol=1e-3)
 
@@ -53,7 +53,7 @@ def test_groups_are_normalised_by_their_own_statistics_and_the_running_ones_move
     x = np.asarray(activations(), np.float64)
     parts = x.reshape(groups, -1, *x.shape[1:])  # contiguous rows
     mean, variance = parts.mean((1, 2, 3)), parts.var((1, 2, 3))
-    y, statistics = forward(activations(), train=groups)
+    y, statistics = forward(activations(), train=BatchLayout(groups))
     own = [array[:, np.newaxis, np.newaxis, np.newaxis] for array in (mean, variance)]
     expected = (parts - own[0]) / np.sqrt(own[1] + 1e-5) * [1.0, 0.5] + [0.0, 1.0]
     np.testing.assert_allclose(y, expected.reshape(x.shape), atol=1e-5)
@@ -62,7 +62,7 @@ def test_groups_are_normalised_by_their_own_statistics_and_the_running_ones_move
 
 
 def test_a_layer_with_groups_has_the_variables_of_one_without():
-    plain, grouped = (batch_norm(train, jnp.float32, "bn").init(jax.random.key(0), activations()) for train in (1, 2))
+    plain, grouped = (batch_norm(train, jnp.float32, "bn").init(jax.random.key(0), activations()) for train in (True, BatchLayout(2)))
     assert jax.tree.structure(plain) == jax.tree.structure(grouped)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.dtype == b.dtype and jnp.array_equal(a, b), plain, grouped)))
 
@@ -71,7 +71,7 @@ def test_a_layer_with_groups_has_the_variables_of_one_without():
 def test_bfloat16_activations_are_averaged_in_float32(groups):
     # 257 has no bfloat16, and a bfloat16 mean of [1, 257, ...] could not be 129.5.
     x = jnp.tile(jnp.array([1.0, 258.0], jnp.bfloat16)[:, None, None, None], (2, 3, 3, 2))
-    y, statistics = forward(x, train=groups, dtype=jnp.bfloat16)
+    y, statistics = forward(x, train=BatchLayout(groups), dtype=jnp.bfloat16)
     assert y.dtype == jnp.bfloat16 and statistics["mean"].dtype == statistics["var"].dtype == jnp.float32
     np.testing.assert_allclose(statistics["mean"], 0.9 * OLD_MEAN + 0.1 * 129.5, rtol=1e-6)
 
