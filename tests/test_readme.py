@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxrd import models
+from jaxrd.config import unknown_field
 from jaxrd.distillation import catalogue
 from jaxrd.training.log import read_metrics
 
@@ -40,6 +41,9 @@ def test_every_training_command_is_a_valid_configuration(command):
 def test_every_other_command_uses_flags_that_exist(module):
     known = subprocess.run([sys.executable, "-m", f"launch.{module}", "--help"], cwd=ROOT, text=True, capture_output=True)
     used = {word.split("=")[0] for command in commands(module) for word in shlex.split(command)[3:]}
+    fields = {word.removeprefix("--config.") for word in used if word.startswith("--config.")}
+    assert not list(filter(None, map(unknown_field, fields)))
+    used = {word.partition(".")[0] for word in used}
     assert used and all(re.search(rf"^\s+{flag}\b|\[?{flag}", known.stdout, re.M) for flag in used), known.stdout
 
 
