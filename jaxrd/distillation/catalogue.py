@@ -77,6 +77,7 @@ class MethodConfig:
     dgad_attack: str = documented("adaad", '"adaad", or "rslad": its attack and its target T(x)')
     dgad_scale: float = documented(1.0, "factor of the distillation part (0.5 in the published code for MobileNetV2)")
     dgad_product: bool = documented(False, "multiply the two parts, as a misplaced parenthesis does in that code")
+    dgad_partition: bool = documented(True, "distil on the clean image where the teacher is wrong about it (MAP); false: never")
     # The path method is a reconstruction from the abstract of its paper and later work of the group: see path_method.
     path_alpha: float = documented(1.0, "weight of the paths against KL(T(x) || S(x)) (reconstruction, as all path options)")
     path_gamma: float = documented(1.0, "weight of the targeted path; 0: none")

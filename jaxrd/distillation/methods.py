@@ -167,7 +167,7 @@ def adaiad(
 
 def dgad(
     beta: float = 1.0, consistency: str = "mse", correction: str = "swap", attack: str = "adaad", scale: float = 1.0,
-    product: bool = False,
+    product: bool = False, partition: bool = True,
 ) -> Method:
     """Dynamic guidance (DGAD, Park & Min 2024): KL on x where the teacher is wrong about x, on x' elsewhere, plus PCR.
 
@@ -184,6 +184,8 @@ def dgad(
       product: reproduce that code's misplaced parenthesis for MobileNetV2, which multiplies the two parts:
         scale * (L_ST + share of x') * L_AT, with L_ST the sum of the clean part over the batch size, and L_AT the mean over
         the images that are distilled adversarially.
+      partition: misclassification-aware partitioning (MAP); without it, to ablate it, all images are distilled on x', those
+        of a wrong teacher too.
     """
     need(beta >= 0, "method.dgad_beta", beta, "0 or above")
     need(scale > 0, "method.dgad_scale", scale, "above 0")
@@ -193,7 +195,7 @@ def dgad(
     correct, target = _CORRECTIONS[correction], "adversarial" if attack == "adaad" else "clean"
 
     def wrong(teacher, labels):
-        return dynamic_guidance.misclassified(teacher["clean"], labels)
+        return partition & dynamic_guidance.misclassified(teacher["clean"], labels)
 
     def divergence(student, teacher, labels, view, target):
         return objectives.kl_divergence(correct(teacher[target], labels), student[view])
@@ -217,7 +219,7 @@ def dgad(
         Term("distillation_adversarial", on_adversarial, ("adversarial",), asked, weight=scale, hard_labels=True))
     consistency_term = Term(
         "consistency", lambda student, teacher, labels: pcr(student["adversarial"], student["clean"]), student, weight=beta)
-    monitors = [Monitor("partitioned", lambda student, teacher, labels: wrong(teacher, labels), hard_labels=True)]
+    monitors = [Monitor("partitioned", lambda student, teacher, labels: wrong(teacher, labels), hard_labels=True)] * partition
     if correction != "none" and attack == "adaad":
         # Of the whole batch; what is partitioned off is distilled on the clean image and its swap counted there.
         monitors.append(Monitor("swapped/adversarial", lambda student, teacher, labels: (

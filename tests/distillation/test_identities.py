@@ -161,6 +161,21 @@ def test_a_partitioned_sample_gets_no_gradient_from_the_other_branch():
     np.testing.assert_array_equal(reached["clean"], ~right)
 
 
+def test_dgad_without_its_three_parts_is_adaad_and_without_partition_swaps_everywhere():
+    """Partitioning, swapping and consistency off one by one, with a teacher that is wrong about half of the batch."""
+    right = jnp.arange(BATCH) % 2 == 0
+    options = {"dgad_partition": False, "dgad_beta": 0.0}
+    none, swapped = method("dgad", dgad_correction="none", **options), method("dgad", **options)
+    student, teacher = taught(*draws(none), right=right)
+    np.testing.assert_allclose(mean_loss(none, student, teacher), mean_loss(method("adaad"), student, teacher), rtol=1e-6)
+    corrected = teacher | {"adversarial": distillation.swap_labels(teacher["adversarial"], LABELS)}
+    assert (corrected["adversarial"] != teacher["adversarial"]).any()
+    np.testing.assert_allclose(
+        mean_loss(swapped, student, teacher), mean_loss(method("adaad"), student, corrected), rtol=1e-6)
+    assert mean_loss(swapped, student, teacher) != mean_loss(method("dgad", dgad_beta=0.0), student, teacher)
+    assert "partitioned" not in {monitor.name for monitor in none.monitors}
+
+
 def test_what_the_monitors_of_dgad_count():
     dgad = method("dgad")
     right = jnp.arange(BATCH) % 3 > 0
