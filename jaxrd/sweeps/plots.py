@@ -1,8 +1,9 @@
 """The figures of a sweep: a measure against a swept number, and all points side by side, with every seed to be seen.
 
-`matplotlib.figure.Figure` objects in the style of `jaxrd.evaluation.plots`; a notebook shows one that ends its cell.
+They are `matplotlib.figure.Figure` objects in the style of `jaxrd.evaluation.plots`; a notebook shows one that ends its cell.
 """
 
+import itertools
 import math
 import statistics
 from typing import Any
@@ -12,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from jaxrd.errors import InputError, suggest
-from jaxrd.evaluation.plots import INK, PALETTE, SOFT, styled, tidy
-from jaxrd.evaluation.plots import is_number
+from jaxrd.evaluation import figures
+from jaxrd.evaluation.figures import GRID, INK, PALETTE, SOFT, is_number, styled, tidy
 
 _LOGARITHMIC = 20.0  # from this ratio of the largest to the smallest swept number on
 
@@ -45,15 +46,16 @@ def against(table: Any, field: str, measure: str, narrow: bool = False) -> Figur
     for row in rows:
         label = ", ".join(f"{name.rpartition('.')[2]}={row[name]}" for name in others)
         series.setdefault(label, {}).setdefault(float(row[field]), []).append(_factor(table, measure) * row[measure])
-    figure = Figure(figsize=(4.5, 3.5) if narrow else (7.4, 3.9), layout="constrained", facecolor="white")
-    axis = figure.subplots()
-    for colour, (label, points) in zip(_colours(), series.items()):
+    figure, (axis,) = figures.panels(1, 1, (4.5, 3.3) if narrow else (7.4, 3.9), above=0.3 if len(series) > 1 else 0)
+    samples = []
+    for colour, (label, points) in zip(itertools.cycle(PALETTE), series.items()):
         numbers = sorted(points)
         means = np.array([statistics.fmean(points[number]) for number in numbers])
         spreads = np.array([_sd(points[number]) for number in numbers])
         if spreads.any():
             axis.fill_between(numbers, means - spreads, means + spreads, color=colour, alpha=0.14, linewidth=0, zorder=2)
-        axis.plot(numbers, means, color=colour, linewidth=1.8, zorder=3, label=label, marker="o", markersize=4.5)
+        line, = axis.plot(numbers, means, color=colour, linewidth=1.8, zorder=3, marker="o", markersize=4.5)
+        samples.append((label, line))
         for number in numbers:
             axis.plot([number] * len(points[number]), points[number], linestyle="", marker="o", markersize=3.4, color=colour,
                       alpha=0.45, markeredgewidth=0, zorder=4)
@@ -61,7 +63,7 @@ def against(table: Any, field: str, measure: str, narrow: bool = False) -> Figur
     _scale(axis, sorted({number for points in series.values() for number in points}))
     axis.set_xlabel(field)
     if len(series) > 1:
-        figure.legend(loc="outside upper left", ncols=1 if narrow else min(4, len(series)), frameon=False, fontsize=9)
+        figures.legend(figure, samples)
     return figure
 
 
@@ -130,10 +132,7 @@ def title_of(table: Any, measure: str, unit: bool = True) -> str:
 
 def _side_by_side(values: dict[str, list[float]], title: str, narrow: bool, *, baseline: str | None = None,
                   line: float | None = None, interval=None) -> Figure:
-    longest = max(map(len, values))
-    width = 4.5 if narrow else 7.4
-    figure = Figure(figsize=(width, 0.8 + 0.36 * len(values)), layout="constrained", facecolor="white")
-    axis = figure.subplots()
+    figure, (axis,) = figures.panels(1, 1, (4.5 if narrow else 7.4, 0.8 + 0.34 * len(values)), above=0)
     if baseline in values:
         line = statistics.fmean(values[baseline])
     if line is not None:
@@ -149,13 +148,12 @@ def _side_by_side(values: dict[str, list[float]], title: str, narrow: bool, *, b
         axis.plot(mean, place, marker="|", markersize=13, markeredgewidth=2.2, color=colour, zorder=4)
     tidy(axis, title)
     axis.grid(axis="y", visible=False)
-    axis.grid(axis="x", color="#E6E9EC", linewidth=0.8)
+    axis.grid(axis="x", color=GRID, linewidth=0.8)
     axis.locator_params(axis="x", nbins=4 if narrow else 7)
     axis.set_ylim(len(values) - 0.4, -0.6)
     axis.yaxis.set_major_locator(FixedLocator(range(len(values))))
-    most = 22 if narrow else 48
-    axis.set_yticklabels([name if len(name) <= most else f"{name[:most - 1]}…" for name in values], color=INK,
-                         fontsize=8 if narrow and longest > 14 else 9)
+    most = 22 if narrow else 48  # characters
+    axis.set_yticklabels([name if len(name) <= most else f"{name[:most - 1]}…" for name in values], color=INK, fontsize=8.5)
     return figure
 
 
@@ -172,11 +170,6 @@ def _scale(axis, numbers: list[float]) -> None:
         axis.xaxis.set_major_locator(FixedLocator(numbers))
         axis.set_xticklabels([f"{number:g}" for number in numbers])
         axis.xaxis.set_minor_locator(NullLocator())
-
-
-def _colours():
-    while True:
-        yield from PALETTE
 
 
 def _sd(values: list[float]) -> float:

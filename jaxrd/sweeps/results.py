@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxrd.errors import InputError
 from jaxrd.evaluation import names, page, tables
-from jaxrd.evaluation.plots import is_number
+from jaxrd.evaluation.figures import is_number
 from jaxrd.evaluation.runs import flat
 from jaxrd.files import replacing
 from jaxrd.sweeps import plan as plans, runs
@@ -27,6 +27,8 @@ STEP_MEMORY = "step_memory"
 TIMINGS = ("seconds_per_step", "training_seconds", "evaluation_seconds")  # what two sweeps alike differ in
 _HEADINGS = {STEP_MEMORY: ("step MB", 1e6)}
 _CONFIDENCE = 0.95
+# Besides accuracies, what the text tables show; the report and the CSV files have all.
+_IN_TEXT = ("gradient_cosine", "taylor_remainder", "seconds_per_step", STEP_MEMORY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,38 +105,55 @@ class Table:
             summaries.append(found)
         return summaries
 
-    def means(self) -> tuple[list[str], list[list[str]]]:
-        """Returns (header, cells) of the table of means over seeds, accuracies in percent."""
-        rows = self.summarise()
-        columns = [self._column(name, [(row[f"{name}_mean"], row[f"{name}_sd"]) for row in rows]) for name in self.measures]
-        return (["point", "seeds", *map(heading, self.measures)],
+    def means(self, measures: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
+        """Returns (header, cells) of the table of means over seeds, accuracies in percent.
+
+        Args:
+          measures: columns; all by default.
+        """
+        rows, measures = self.summarise(), self.measures if measures is None else measures
+        columns = [self._column(name, [(row[f"{name}_mean"], row[f"{name}_sd"]) for row in rows]) for name in measures]
+        return (["point", "seeds", *map(heading, measures)],
                 [[row["point"], str(row["finished"]), *cells] for row, *cells in zip(rows, *columns)])
 
-    def differences(self) -> tuple[list[str], list[list[str]]]:
-        """Returns (header, cells) of the table of paired differences, accuracies in percentage points; no rows without a baseline."""
+    def differences(self, measures: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
+        """Returns (header, cells) of the table of paired differences, accuracies in percentage points; no rows without a baseline.
+
+        Args:
+          measures: columns; all by default.
+        """
         if not self.plan.baseline:
             return [], []
+        measures = self.measures if measures is None else measures
         rows = [row for row in self.summarise() if row["point"] != self.plan.baseline]
-        pairs = [max((row[f"{name}_difference_n"] for name in self.measures), default=0) for row in rows]
+        pairs = [max((row[f"{name}_difference_n"] for name in measures), default=0) for row in rows]
         columns = [self._column(name, [(row[f"{name}_difference"], row[f"{name}_difference_sd"]) for row in rows], sign=True)
-                   for name in self.measures]
+                   for name in measures]
         body = [[row["point"], str(count), *cells] for row, count, *cells in zip(rows, pairs, *columns)]
-        return [f"minus {self.plan.baseline}", "pairs", *map(heading, self.measures)], body if any(pairs) else []
+        return [f"minus {self.plan.baseline}", "pairs", *map(heading, measures)], body if any(pairs) else []
 
     def _column(self, measure: str, values: list[tuple[float | None, float | None]], sign: bool = False) -> list[str]:
         return column(values, factor=100.0 if self.is_accuracy(measure) else 1 / _HEADINGS.get(measure, ("", 1.0))[1],
-                      decimals=1 if self.is_accuracy(measure) else None, sign=sign)
+                      decimals=1 if self.is_accuracy(measure) else None, sign=sign, exact=measure == STEP_MEMORY)
 
     def is_accuracy(self, name: str) -> bool:
         return name in self.plan.attacks
 
+    @property
+    def in_text(self) -> list[str]:
+        """The measures that a text table has room for."""
+        return [name for name in self.measures if self.is_accuracy(name) or name in _IN_TEXT]
+
     def __str__(self) -> str:
         """The means, and the paired differences below them, as aligned text."""
-        header, body = self.means()
-        seeds = max((row["finished"] for row in self.summarise()), default=0)
-        text = tables.aligned(header, body, 1, [
-            f"accuracies in percent; mean ± standard deviation over {seeds} seeds" if seeds > 1 else "accuracies in percent; one seed"])
-        header, body = self.differences()
+        header, body = self.means(self.in_text)
+        several = any(row["finished"] > 1 for row in self.summarise())
+        notes = ["accuracies in percent; mean ± standard deviation over seeds" if several else "accuracies in percent; one seed"]
+        unfinished = sum(row["status"] == "unfinished" for row in self.rows)
+        notes += [f"{len(self.failed)} of {len(self.rows)} runs failed"] * bool(self.failed)
+        notes += [f"{unfinished} of {len(self.rows)} runs are not finished"] * bool(unfinished)
+        text = tables.aligned(header, body, 1, notes)
+        header, body = self.differences(self.in_text)
         if body:
             text += "\n\n" + tables.aligned(header, body, 1, [
                 "mean ± standard deviation of the differences of runs with the same seed, accuracies in percentage points"])
@@ -142,7 +161,7 @@ class Table:
 
     def _repr_html_(self) -> str:
         parts = []
-        for header, body in (self.means(), self.differences()):
+        for header, body in (self.means(self.in_text), self.differences(self.in_text)):
             if body:
                 parts.append(page.html_table([escape(cell) for cell in header],
                                              [[escape(row[0]), *map(page.number, row[1:])] for row in body], 1))
@@ -200,7 +219,7 @@ def heading(measure: str) -> str:
 
 
 def column(values: Sequence[tuple[float | None, float | None]], *, factor: float = 1.0, decimals: int | None = None,
-           sign: bool = False) -> list[str]:
+           sign: bool = False, exact: bool = False) -> list[str]:
     """Returns the cells of a column: "55.3 ± 1.2", all with as many decimals.
 
     Args:
@@ -208,6 +227,7 @@ def column(values: Sequence[tuple[float | None, float | None]], *, factor: float
       factor: what they are multiplied by.
       decimals: None for three digits of the largest.
       sign: whether positive ones have one too.
+      exact: whether a spread of 0 goes without saying, as of what does not depend on chance.
     """
     if decimals is None:
         largest = max((factor * abs(mean) for mean, _ in values if mean is not None), default=0.0)
@@ -217,7 +237,7 @@ def column(values: Sequence[tuple[float | None, float | None]], *, factor: float
         # Adding 0.0 turns a rounded -0.0 into 0.0.
         text = "-" if mean is None else f"{round(factor * mean, decimals) + 0.0:{'+' if sign else ''}.{decimals}f}"
         cells.append((text.replace("-", "−") if sign and mean is not None else text)
-                     + ("" if sd is None else f" ± {factor * sd:.{decimals}f}"))
+                     + ("" if sd is None or exact and sd == 0 else f" ± {factor * sd:.{decimals}f}"))
     return cells
 
 
