@@ -25,6 +25,7 @@ from jaxrd.sweeps import runs
 from jaxrd.sweeps.plan import Plan, Run
 
 BACKENDS = ("inline", "processes", "slurm")
+_WORKER = ("-m", "jaxrd.sweeps.worker")
 Say = Callable[[str], None]
 
 
@@ -154,9 +155,8 @@ class _Worker(threading.Thread):
     def _start(self) -> subprocess.Popen:
         with open(self._plan.workdir / "processes.txt", "ab") as rest:
             return subprocess.Popen(
-                [sys.executable, "-m", "jaxrd.sweeps.worker", str(self._plan.workdir)], env=self._environment, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=rest,
-                start_new_session=True)  # Ctrl-C in a terminal comes once, from here
+                [sys.executable, *_WORKER, str(self._plan.workdir)], env=self._environment, text=True, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=rest, start_new_session=True)  # Ctrl-C in a terminal comes once, from here
 
 
 def visible_gpus() -> list[str]:
