@@ -4,8 +4,10 @@ All three call `runs.execute`, which notes what became of a run in its directory
 """
 
 import collections
+import contextlib
 import glob
 import json
+import logging
 import os
 import pathlib
 import queue
@@ -114,26 +116,25 @@ class _Worker(threading.Thread):
                     if self._stopping:
                         break
                     self._give(run)
-            if self._process:
-                self._process.stdin.close()
-                self._process.wait()
         finally:
+            if self._process:
+                self._end()
             self._events.put(None)
 
     def stop(self) -> None:
         """Has the run at hand stop, once it has saved its state."""
         with self._lock:
             self._stopping = True
-            if self._process and self._process.poll() is None:
+            if self._process:
                 self._process.send_signal(signal.SIGTERM)
 
     def _give(self, run: Run) -> None:
         with self._lock:
             if self._stopping:
                 return
-            if not self._process or self._process.poll() is not None:
+            if not self._process:
                 self._process = self._start()
-        process = self._process
+            process = self._process
         answer = ""
         try:
             process.stdin.write(json.dumps(run.directory) + "\n")
@@ -144,13 +145,23 @@ class _Worker(threading.Thread):
         if answer:
             self._events.put((run, json.loads(answer)))
             return
-        status = process.wait()
+        status = self._end()
         if self._stopping:
             return
         how = (f"was killed by {signal.Signals(-status).name} (out of memory, perhaps)" if status < 0
                else f"ended with status {status}")
         runs.fail(self._plan, run, f"its process {how}; what it saved is there, and the same command goes on from that")
         self._events.put((run, ""))
+
+    def _end(self) -> int:
+        """Waits for the end of the process, which has nothing more to do or is gone; returns its status."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        status = self._process.wait()
+        self._process.stdout.close()
+        with self._lock:
+            self._process = None
+        return status
 
     def _start(self) -> subprocess.Popen:
         with open(self._plan.workdir / "processes.txt", "ab") as rest:
@@ -235,10 +246,7 @@ _POLL, _PATIENCE = 1.0, 20.0  # seconds
 
 def slurm_executor(workdir: pathlib.Path, parameters: Mapping[str, Any]):
     """Returns submitit's executor with these parameters; see `slurm`."""
-    try:
-        import submitit
-    except ImportError:
-        raise InputError('the backend "slurm" needs submitit, which is not installed: pip install "jaxrd[slurm]"') from None
+    submitit = _submitit()
     parameters = {"name": "jaxrd-sweep", "timeout_min": 720, **parameters}
     cluster = parameters.pop("cluster", "slurm")
     if cluster not in ("slurm", "local"):
@@ -249,6 +257,23 @@ def slurm_executor(workdir: pathlib.Path, parameters: Mapping[str, Any]):
     except Exception as error:
         raise InputError(f"--slurm={json.dumps(parameters)}: {one_line(error)}") from None
     return executor
+
+
+def _submitit():
+    level = os.environ.get("SUBMITIT_LOG_LEVEL")
+    # Its configuration of logging closes the handlers of everybody else in this process.
+    os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"
+    try:
+        import submitit
+    except ImportError:
+        raise InputError('the backend "slurm" needs submitit, which is not installed: pip install "jaxrd[slurm]"') from None
+    finally:
+        # The jobs, which inherit it, do log.
+        os.environ.pop("SUBMITIT_LOG_LEVEL")
+        if level is not None:
+            os.environ["SUBMITIT_LOG_LEVEL"] = level
+    logging.getLogger("submitit").setLevel(logging.CRITICAL)  # that sacct is not there, again and again
+    return submitit
 
 
 def _queued() -> set[str] | None:
