@@ -35,14 +35,16 @@ def test_the_second_derivative_against_finite_differences():
 def test_the_curvature_along_a_path_is_per_length_and_at_its_middles():
     path = np.random.default_rng(1).normal(size=(4, BATCH, *SHAPE))
     path[2] = path[1]  # a step of length 0
-    got = jax.jit(lambda path: alignment.path_curvature(quadratic, jnp.asarray(IMAGES), path, jnp.asarray(LABELS), "logit"))(path)
+    got = jax.jit(lambda path: alignment.path_curvature(
+        quadratic, jnp.asarray(IMAGES), path, jnp.asarray(LABELS), "logit"))(path)
     for found, start, end in zip(got, [IMAGES, *path[:-1]], path):
         step = flat(end - start)
         length = np.linalg.norm(step, axis=1)
         bends = np.einsum("bi,bij,bj->b", step, HESSIANS[LABELS], step)
         np.testing.assert_allclose(found, np.divide(bends, length**2, out=np.zeros(BATCH), where=length > 0), atol=1e-10)
+    path = jnp.array([[[[[4.0]], [[0.0]]]] * 2])
     cubic = alignment.path_curvature(
-        lambda images: flat(images) ** 3, jnp.zeros([2, 2, 1, 1]), jnp.array([[[[[4.0]], [[0.0]]]] * 2]), jnp.zeros(2, int), "logit")
+        lambda images: flat(images) ** 3, jnp.zeros([2, 2, 1, 1]), path, jnp.zeros(2, int), "logit")
     np.testing.assert_allclose(cubic, 6 * 2.0)  # of x^3 from 0 to 4: in the middle, at 2
 
 

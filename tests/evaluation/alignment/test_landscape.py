@@ -88,7 +88,8 @@ def test_the_boundary_along_a_path_is_that_of_its_straight_parts():
 
 
 def test_coarse_paths_are_exact_where_they_change_once():
-    images, path = jnp.zeros([2, 1, 1, 1]), jnp.array([0.4, 0.8, 1.2]).reshape(3, 1, 1, 1, 1) * jnp.array([1.0, -1.0]).reshape(2, 1, 1, 1)
+    images = jnp.zeros([2, 1, 1, 1])
+    path = jnp.array([0.4, 0.8, 1.2]).reshape(3, 1, 1, 1, 1) * jnp.array([1.0, -1.0]).reshape(2, 1, 1, 1)
 
     def step(images):
         return jnp.stack([0 * images[:, 0, 0, 0], images[:, 0, 0, 0] - 0.5], axis=1)

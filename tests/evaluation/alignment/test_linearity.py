@@ -126,8 +126,8 @@ def test_random_starts_follow_the_keys_of_the_examples():
 
 def test_a_path_of_an_attack_can_be_measured_and_a_scalar_must_be_known():
     images, labels = jnp.asarray(IMAGES), jnp.asarray(LABELS)
-    path = attacks.pgd_path(
-        jax.random.key(0), lambda points: -smooth(points)[:, 0], images, threat=ThreatModel("linf", 0.1), step_size=0.05, steps=4)
+    path = attacks.pgd_path(jax.random.key(0), lambda points: -smooth(points)[:, 0], images,
+                            threat=ThreatModel("linf", 0.1), step_size=0.05, steps=4)
     got = jax.jit(lambda path: alignment.path_linearity(smooth, images, path, labels))(path)
     for found, points in zip(got, path):
         np.testing.assert_allclose(found, alignment.linearity_error(smooth, images, points - images, labels), rtol=1e-6)

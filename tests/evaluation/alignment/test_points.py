@@ -52,7 +52,8 @@ def test_the_bound_of_the_paper_is_exact_for_linear_networks_and_fails_without_t
     np.testing.assert_allclose(found.at_images, np.linalg.norm(0.7 * linear(images), axis=1), rtol=1e-12)
     first_order = alignment.directional_derivative(linear, images, deltas)
     np.testing.assert_allclose(found.first_order, np.linalg.norm(0.7 * first_order, axis=1), rtol=1e-12)
-    bent = alignment.point_bound(lambda images: linear(images) ** 2, lambda images: 0 * linear(images), 0 * images, 9 * deltas, "logit")
+    bent = alignment.point_bound(
+        lambda images: linear(images) ** 2, lambda images: 0 * linear(images), 0 * images, 9 * deltas, "logit")
     assert (bent.distance > bent.bound + 1e-3).any()
 
 
