@@ -13,7 +13,7 @@ from jaxrd.errors import InputError
 from launch import notebooks
 from tests.launch.commands import ROOT, check_one_line, environment, run_all
 
-NAMES = ("adversarial_paths", "gradient_matching", "own_term")
+NAMES = ("adversarial_paths", "gradient_matching", "own_term", "sweep_to_figure")
 EXTRA = ("nbclient", "nbformat", "ipykernel", "pandas")
 needs_the_extra = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in EXTRA),
