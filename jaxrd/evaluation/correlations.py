@@ -15,7 +15,7 @@ def section(groups: Sequence[dict], members: Sequence[Sequence[Run]], lines: Seq
     """Returns the HTML of the section "Alignment and robustness", or nothing where fewer than five runs have both.
 
     The accuracy is that under AutoAttack, else under the strongest attack that was measured. Runs on other data or within
-    another threat model are never in one plot.
+    another threat model are never in one plot; teachers are in none.
 
     Args:
       groups: from `runs.aggregate`.
@@ -25,7 +25,7 @@ def section(groups: Sequence[dict], members: Sequence[Sequence[Run]], lines: Seq
     """
     peers: dict[tuple, list] = {}
     for group, runs, line in zip(groups, members, lines):
-        for run in runs:
+        for run in runs if group["role"] == "student" else ():
             split = run.evaluation.get("data", {}).get("split")
             peers.setdefault((group["data"], split, group["norm"], group["epsilon"]), []).append((line.label, run.evaluation))
     html = ""

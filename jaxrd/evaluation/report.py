@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from jaxrd.errors import InputError
-from jaxrd.evaluation import cascades, correlations, exports, page, plots, reliability, settings, shift, tables
+from jaxrd.evaluation import cascades, classes, correlations, exports, page, plots, reliability, settings, shift, tables
 from jaxrd.evaluation.names import ALIGNMENT, attack_name, attack_order, epsilon_text, norm_name
 from jaxrd.evaluation.record import OTHER_DATA, short
 from jaxrd.evaluation.runs import (
@@ -77,6 +77,7 @@ def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = 
             narrow = draw(lines, narrow=True)
             sections.append(page.section(heading, page.figure(folder / f"{name}.png", wide, narrow, heading, note)))
     sections += [correlations.section(groups, members, lines, folder),
+                 classes.section(groups, members, lines, folder),
                  page.section("Adversarial images", _galleries(chosen, left_out, folder)),
                  page.section("Definitions", _definitions(groups, runs)), settings.section(runs)]
     records = [record for run in runs for record in (run.evaluation, *run.evaluation.get(OTHER_DATA, {}).values())]
@@ -145,9 +146,8 @@ def _results(groups, members, lines, runs):
         for name, attack in run.evaluation.get("attacks", {}).items():
             if isinstance(attack, dict) and attack.get("description"):
                 meanings.setdefault(name, f"accuracy in percent. {attack['description']}")
-        for name in ALIGNMENT:
-            if run.evaluation.get("alignment", {}).get("definition"):
-                meanings.setdefault(name, run.evaluation["alignment"]["definition"])
+        for name, text in _measured(run).items():
+            meanings.setdefault(name, text)
     header = [f'<abbr title="{escape(str(meanings[key]))}">{escape(heading)}</abbr>' if key in meanings
               else escape(heading) for key, heading in columns]
     best = {key: tables.best(groups, key) for key, _ in columns}
@@ -235,9 +235,11 @@ def _definitions(groups, runs):
         for name, attack in sorted(attacks, key=lambda pair: attack_order(pair[0])):
             owners = entries.setdefault((attack_name(name), _attack_text(attack)), [])
             owners += [run] * (run not in owners)
-        definition = run.evaluation.get("alignment", {}).get("definition")
-        if definition:
-            entries.setdefault(("Gradient cosine and distance", escape(str(definition))), []).append(run)
+        texts: dict[str, list] = {}
+        for name, text in _measured(run).items():
+            texts.setdefault(text, []).append(ALIGNMENT[name])
+        for text, headings in texts.items():
+            entries.setdefault((_listed(headings), escape(text)), []).append(run)
     names = [name for name, _ in entries]
     html = ""
     for (name, text), owners in entries.items():
@@ -245,6 +247,15 @@ def _definitions(groups, runs):
         whose = f" ({_listed(str(run.workdir) for run in owners)})" if names.count(name) > 1 else ""
         html += f"<dt>{escape(name + whose)}</dt><dd>{text}</dd>"
     return f"<dl>{html}</dl>" if html else ""
+
+
+def _measured(run):
+    """Returns measure of alignment -> what it is, as far as the evaluation says so."""
+    found = run.evaluation.get("alignment", {})
+    definitions = found.get("definitions")
+    if not isinstance(definitions, dict):  # of an older evaluation
+        definitions = {name: found.get("definition") for name in ("gradient_cosine", "gradient_distance")}
+    return {name: str(definitions[name]) for name in ALIGNMENT if name in found and definitions.get(name)}
 
 
 def _attack_text(attack):

@@ -87,7 +87,7 @@ footer { margin-top: 44px; color: var(--soft); font-size: 0.8125rem; }
   table.wide { font-size: 7.5pt; } table.wider { font-size: 6pt; }
   th, td { white-space: normal; padding: 4px 5px; font-size: 1em; }
   .wide th, .wide td, .wider th, .wider td { padding: 3px 4px; }
-  .sd { white-space: nowrap; }
+  .sd { white-space: nowrap; } .mark { position: static; width: auto; }
   th.text, td.text { overflow-wrap: anywhere; min-width: 5em; } .wider td.text { min-width: 3.2em; }
   td.text:first-child { min-width: 8em; }
   .wrap { min-width: 0; }
