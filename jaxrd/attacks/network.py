@@ -134,7 +134,7 @@ class _Lifted:
         return function is not None and (function is others or inspect.ismethod(function) and function == others)
 
     def __call__(self, weights, *arguments):
-        closed = _trace(self._function(), arguments)
+        closed = traced(self._function(), arguments)
         weights = iter(weights)
         constants = [next(weights) if lifted else own for lifted, own in zip(self._lifted, closed.consts, strict=True)]
         return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(closed.jaxpr, constants))(*arguments)[0]
@@ -142,8 +142,8 @@ class _Lifted:
 
 def _lift(function, example, extra) -> Partial:
     """Returns the function with the arrays that it closes over as leaves, but for those that follow the batch size."""
-    closed = _trace(function, (example, *extra))
-    others = _trace(function, (jax.ShapeDtypeStruct((3, *example.shape[1:]), example.dtype), *extra)).consts
+    closed = traced(function, (example, *extra))
+    others = traced(function, (jax.ShapeDtypeStruct((3, *example.shape[1:]), example.dtype), *extra)).consts
     alike = len(others) == len(closed.consts)
     lifted = tuple(alike and _same(a, b) for a, b in zip(closed.consts, others))
     try:
@@ -161,7 +161,7 @@ def _same(a, b) -> bool:
     return bool(np.array_equal(a, b))
 
 
-def _trace(function, arguments):
+def traced(function, arguments):
     """Returns the function as a closed jaxpr whose constants stand at its top, those of jitted functions within it too."""
     # A function of its own each time: jax remembers what it has traced by the function, and weights may have been replaced.
     closed = jax.make_jaxpr(lambda *arguments: function(*arguments))(*arguments)

@@ -46,7 +46,8 @@ class MethodConfig:
     mirrored_statistics: bool = documented(False, "let S(x - delta) move the BatchNorm running statistics (published code)")
     published_forwards: bool = documented(False, "repeat published student forwards, for running statistics: ard, trades, "
                                                  "adaad, and ard, rslad and adaad with +igdm")
-    direct_scalar: str = documented("probability", 'what is differentiated: "probability", "logit" or "cross_entropy"')
+    direct_scalar: str = documented(
+        "probability", 'what is differentiated: "probability", "logit", "cross_entropy" or "margin"')
     direct_distance: str = documented("l2", '"l2", "squared_l2" or "cosine"')
     direct_at: str = documented("clean", 'where: "clean" or "adversarial"')
     awp_warmup: float = documented(0.0, "fraction of training without weight perturbation")

@@ -16,6 +16,7 @@ from jaxrd.errors import choose
 
 Array = jax.Array
 LogitsFn = Callable[[Array], Array]  # images -> logits
+Scalar = str | Callable[[Array, Array], Array]  # a name in SCALARS, or (logits, labels) -> [batch]
 
 
 def igdm(
@@ -78,7 +79,7 @@ def gradient_matching(
     images: Array,
     labels: Array,
     *,
-    scalar: str = "probability",
+    scalar: Scalar = "probability",
     distance: str = "l2",
 ) -> Array:
     """Returns D(ds/dx of the teacher, ds/dx of the student): direct gradient matching (IGDM, eq. 11).
@@ -91,7 +92,7 @@ def gradient_matching(
       teacher_fn: images -> logits.
       images: [batch, h, w, c].
       labels: [batch] int, in [0, classes), or soft ones, [batch, classes] floating.
-      scalar: "probability" or "logit" of the true class, or "cross_entropy"; the first two are expectations under soft labels.
+      scalar: see `input_gradients`.
       distance: "l2" norm of the difference, "squared_l2", or "cosine" (1 - cosine similarity).
 
     Returns:
@@ -102,28 +103,51 @@ def gradient_matching(
     return GRADIENT_DISTANCES[distance](teacher, input_gradients(student_fn, images, labels, scalar))
 
 
-def input_gradients(logits_fn: LogitsFn, images: Array, labels: Array, scalar: str = "probability") -> Array:
+def input_gradients(logits_fn: LogitsFn, images: Array, labels: Array, scalar: Scalar = "probability") -> Array:
     """Returns ds/dx of a scalar of the logits, [batch, h, w, c].
 
     Args:
       logits_fn: images -> logits [batch, classes], examples independent of each other.
       images: [batch, h, w, c] float32.
       labels: [batch] int, or soft ones, [batch, classes] floating.
-      scalar: "probability" (the softmax's) or "logit" of the true class, or "cross_entropy"; the first two are expectations
-        under soft labels.
+      scalar: "probability" (the softmax's) or "logit" of the true class, "cross_entropy", or "margin", the largest other logit
+        above the true one (`objectives.margin`); the first two are expectations under soft labels, the last has none. Or any
+        function (logits, labels) -> [batch].
+
+    Raises:
+      InputError: an unknown name; soft labels with "margin".
     """
-    choose("gradient_matching scalar", scalar, SCALARS)
     chex.assert_rank(images, 4)
-    return jax.grad(lambda images: jnp.sum(SCALARS[scalar](logits_fn(images), labels)))(images)
+    return jax.grad(lambda images: jnp.sum(scalar_of(logits_fn, labels, scalar)(images)))(images)
+
+
+def scalar_of(logits_fn: LogitsFn, labels: Array, scalar: Scalar) -> Callable[[Array], Array]:
+    """Returns the function images -> [batch] of a scalar of the logits; arguments and errors as for `input_gradients`."""
+    if not callable(scalar):
+        choose("gradient_matching scalar", scalar, SCALARS)
+        scalar = SCALARS[scalar]
+
+    def function(images):
+        values = scalar(logits_fn(images), labels)
+        chex.assert_shape(values, (images.shape[0],))
+        return values
+
+    return function
 
 
 def gradient_distance(a: Array, b: Array) -> Array:
-    """Returns ||a - b||_2 per example, [batch]; its gradient is 0 where a and b agree."""
+    """Returns ||a - b||_2 per example, [batch]; its gradient is 0 where a and b agree.
+
+    Of gradients, [batch, h, w, c], or of whole Jacobians, [batch, classes, h, w, c]: then it is the Frobenius norm.
+    """
     return objectives.safe_sqrt(_squared_distance(a, b))
 
 
 def gradient_cosine(a: Array, b: Array) -> Array:
-    """Returns the cosine of the angle between a and b per example, [batch], in [-1, 1]; 0 where either is 0."""
+    """Returns the cosine of the angle between a and b per example, [batch], in [-1, 1]; 0 where either is 0.
+
+    Of gradients, [batch, h, w, c], or of whole Jacobians, [batch, classes, h, w, c], by the Frobenius inner product.
+    """
     return jnp.clip(jnp.sum(_unit(a) * _unit(b), axis=1), -1.0, 1.0)
 
 
@@ -138,6 +162,7 @@ SCALARS = {
     "probability": _probability,
     "logit": objectives.expectation,
     "cross_entropy": objectives.cross_entropy,
+    "margin": objectives.margin,
 }
 
 

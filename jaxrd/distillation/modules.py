@@ -127,7 +127,7 @@ def with_direct(
       base: any method.
       weight: the paper sweeps 1 to 10,000, to no gain.
       ramp: progress -> factor.
-      scalar: "probability", "logit" or "cross_entropy": see `gradient_matching`; the paper does not say.
+      scalar: "probability", "logit", "cross_entropy" or "margin": see `input_gradients`; the paper does not say.
       distance: "l2", "squared_l2" or "cosine".
       at: the view at which gradients are matched, "clean" or "adversarial".
     """

@@ -1,4 +1,4 @@
-"""The evaluation of one run directory: attacks, gradient alignment, a gallery, and evaluation.json, which holds them all."""
+"""The evaluation of one run directory: attacks, alignment, classes, a gallery, and evaluation.json, which holds them all."""
 
 import dataclasses
 import pathlib
@@ -11,7 +11,7 @@ import numpy as np
 from jaxrd import models
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError
-from jaxrd.evaluation import other_data, record, robustness, shares
+from jaxrd.evaluation import measures, other_data, record, robustness, shares
 from jaxrd.evaluation.plots import is_number
 from jaxrd.evaluation.subject import Subject
 from jaxrd.training import checkpoint, parallel, processes
@@ -20,7 +20,7 @@ from jaxrd.training.log import read_metrics
 from jaxrd.training.loop import open_own_data
 
 ATTACKS = "clean,fgsm,pgd20,cw30,autoattack"
-_GALLERY_ATTACK = "pgd20"
+_GALLERY_ATTACK = measures.ADVERSARIAL_ATTACK
 _GALLERY_IMAGES = 10
 _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # in units of the run's epsilon
 
@@ -44,6 +44,10 @@ def evaluate(
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Evaluates a run's checkpoint, writes evaluation.json and evaluation/gallery.npz, and returns what the former holds.
+
+    Beside accuracies the file has how far the network is linear around the images and how alike it is to its teacher there
+    ("alignment"), and what holds class by class ("classes"); see `measures`. Adversarial images are taken from pgd20, where it
+    is among the attacks.
 
     Networks compute in float32 here, whatever they were trained in. What an earlier call measured on the same checkpoint, data,
     threat model and seed with other attacks stays in the file. A cascade (autoattack, ...) records its finished batches in
@@ -129,11 +133,12 @@ def _evaluate_own(subject: Subject, chosen, split, teacher, curve, shared, tell)
         results[name] = result
         tell(f"{name} {result.accuracy:.1%} of {len(source)} {split} images ({result.seconds:.1f} s)")
         record.write(path, found)
-    if aligned:
-        teacher, teacher_model, teacher_variables, teacher_step = aligned
-        found["alignment"] = robustness.gradient_alignment(
-            model, variables, teacher_model, teacher_variables, source, mesh=shared["mesh"], batch_size=shared["batch_size"])
-        found["alignment"] |= {"teacher": teacher, "teacher_step": teacher_step}
+    measured = measures.around_images(
+        model, variables, source, threat, teacher=aligned[1:3] if aligned else None,
+        adversarial=results[_GALLERY_ATTACK].images if _GALLERY_ATTACK in results else None, **shared)
+    compared = {"teacher": aligned[0], "teacher_step": aligned[3]} if aligned else None
+    found["alignment"] = measures.alignment_record(measured, found.get("alignment", {}), compared)
+    found["classes"] = measures.classes_record(measured, results, source, found.get("classes", {}))
     if curve in results:
         radii = [part * threat.epsilon for part in _CURVE if threat.norm != "linf" or part * threat.epsilon <= 1]
         known = {threat.epsilon: results[curve].accuracy}

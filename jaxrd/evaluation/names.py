@@ -2,8 +2,13 @@
 
 import math
 
-ALIGNMENT = {"gradient_cosine": "grad cosine", "gradient_distance": "grad distance"}
-MEASURES = {**ALIGNMENT, "seconds_per_step": "s/step"}  # what is measured besides accuracies, and its heading
+ALIGNMENT = {  # what evaluation.json has under "alignment", and its heading
+    "gradient_cosine": "grad cosine", "gradient_distance": "grad distance", "taylor_remainder": "Taylor remainder",
+    "central_remainder": "central remainder", "point_distance_uniform": "distance, uniform",
+    "point_distance_adversarial": "distance, PGD-20"}
+MEASURES = {**ALIGNMENT, "seconds_per_step": "s/step"}  # what is measured besides accuracies
+COLUMNS = ("gradient_cosine", "gradient_distance", "seconds_per_step")  # of them, those that comparisons of runs show
+SMALLER_IS_BETTER = ("gradient_distance", "point_distance_uniform", "point_distance_adversarial")
 
 _ORDER = ("clean", "fgsm", "mim", "pgd", "cw", "strong", "fast", "autoattack", "autoattack_plus")
 # "fast" is named after its two attacks: half of AutoAttack must not pass for the whole.

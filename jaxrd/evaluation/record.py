@@ -74,7 +74,8 @@ def keep_earlier(record: dict[str, Any], earlier: Any) -> None:
         return
     for name in RESULTS:
         record[name] |= earlier.get(name, {})
-    record |= {name: earlier[name] for name in ("alignment", "robustness_curve") if name in earlier}
+    record |= {name: earlier[name] for name in ("alignment", "classes", "robustness_curve")
+               if isinstance(earlier.get(name), dict)}
 
 
 def fingerprint(arrays: Iterable) -> str:
@@ -88,8 +89,8 @@ def fingerprint(arrays: Iterable) -> str:
 
 def check(evaluation: dict[str, Any], path: pathlib.Path, way_out: str) -> None:
     """Raises InputError for the first thing in an evaluation.json that a report could not show, with the `way_out`."""
-    for name in ("run", "data", "threat", "accuracy", "attacks", "alignment", "training", "robustness_curve", "cascades",
-                 OTHER_DATA):
+    for name in ("run", "data", "threat", "accuracy", "attacks", "alignment", "classes", "training", "robustness_curve",
+                 "cascades", OTHER_DATA):
         _need_object(evaluation.get(name, {}), name, path, way_out)
     curve = evaluation.get("robustness_curve") or {"epsilon": [], "accuracy": []}
     radii, accuracies = curve.get("epsilon"), curve.get("accuracy")
@@ -100,6 +101,7 @@ def check(evaluation: dict[str, Any], path: pathlib.Path, way_out: str) -> None:
     numbers = [*radii, *(value for section in ("alignment", "training") for name, value in evaluation.get(section, {}).items()
                          if name in MEASURES)]
     _check_numbers(numbers, path, way_out)
+    _check_classes(evaluation.get("classes", {}), path, way_out)
     for name, record in evaluation.get(OTHER_DATA, {}).items():
         where = f"{OTHER_DATA}.{name}"
         _need_object(record, where, path, way_out)
@@ -128,6 +130,22 @@ def _check_accuracies(named, path, way_out):
     for name, value in named:
         if not (is_number(value) and 0 <= value <= 1):
             raise InputError(f"{path}: accuracy {name} is {short(value)}, outside [0, 1]; {way_out}")
+
+
+def _check_classes(classes, path, way_out):
+    """Checks that every list has an entry for each class: a number, or None for the mean of a class without images."""
+    count = len(classes["examples"]) if isinstance(classes.get("examples"), list) else None
+    for part in ("accuracy", "confusion"):
+        _need_object(classes.get(part, {}), f"classes.{part}", path, way_out)
+    matrices = {f"confusion.{name}": rows for name, rows in classes.get("confusion", {}).items() if name != "attack"}
+    lists = {f"accuracy.{name}": means for name, means in classes.get("accuracy", {}).items()} | {
+        name: classes[name] for name in ("examples", "gradient_cosine") if name in classes}
+    for name, rows in matrices.items():
+        lists |= {name: rows} if not isinstance(rows, list) or len(rows) != count else {
+            f"{name}[{place}]": row for place, row in enumerate(rows)}
+    for name, values in lists.items():
+        if not (isinstance(values, list) and len(values) == count and all(value is None or _finite(value) for value in values)):
+            raise InputError(f"{path}: classes.{name} is {short(values)} instead of one number for each class; {way_out}")
 
 
 def _check_numbers(numbers, path, way_out):

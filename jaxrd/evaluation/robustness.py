@@ -9,14 +9,14 @@ return the same result, that of one process up to rounding (`shares`).
 
 import dataclasses
 import functools
-import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from jaxrd import models
 from jaxrd.attacks import AutoAttackResult
@@ -24,10 +24,10 @@ from jaxrd.attacks.autoattack import prepare
 from jaxrd.attacks.iterated import Ascent
 from jaxrd.attacks.network import Network
 from jaxrd.attacks.search import batch_sizes, run_search, score
-from jaxrd.data.augment import to_float
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError
 from jaxrd.evaluation import alignment, shares
+from jaxrd.evaluation.alignment.batching import equal_batches
 from jaxrd.models import Model
 from jaxrd.threat import ThreatModel, example_keys
 from jaxrd.training import parallel, processes
@@ -198,7 +198,7 @@ def run_attack(
         mesh = shares.local_mesh(mesh)
         network = Network(models.logits_fn(model, jax.device_put(variables, parallel.replicated(mesh))))
         points = {"images": float_images(source.images), "labels": np.asarray(source.labels, np.int32)}
-        size = _equal_batches(shares.largest(n), batch_size)
+        size = equal_batches(shares.largest(n), batch_size)
         key = jax.random.key(seed)
         try:
             if isinstance(protocol, Cascade):
@@ -267,20 +267,34 @@ def robustness_curve(model, variables, source, threat: ThreatModel, radii: list[
 
 def gradient_alignment(student, student_variables, teacher, teacher_variables, source, *, mesh, batch_size=256) -> dict:
     """Returns the mean gradient distance and cosine of two models over `source`, with their definition."""
-    student_variables, teacher_variables = shares.local((student_variables, teacher_variables))
     with processes.together():
         mesh = shares.local_mesh(mesh)
-    sums, replicated = np.zeros(2), parallel.replicated(mesh)
-    student_variables, teacher_variables = jax.device_put((student_variables, teacher_variables), replicated)
-    for _, rows, batch in _batches(source, shares.rows(len(source)), batch_size, mesh):
-        measured = _alignment(student, student_variables, teacher, teacher_variables, batch["images"], batch["labels"])
-        sums += np.sum(np.asarray(measured)[:, rows], axis=1)
-    distance, cosine = shares.total(sums) / len(source)
-    return {"gradient_distance": float(distance), "gradient_cosine": float(cosine), "definition": alignment.DEFINITION}
+    networks = on_mesh(student, student_variables, mesh), on_mesh(teacher, teacher_variables, mesh)
+    found = shares.per_example(
+        Partial(compare_gradients, *networks), float_images(source.images), np.asarray(source.labels, np.int32),
+        batch_size=batch_size, mesh=mesh)
+    distance, cosine = (float(np.mean(values, dtype=np.float64)) for values in found)
+    return {"gradient_distance": distance, "gradient_cosine": cosine, "definition": alignment.DEFINITION}
+
+
+def compare_gradients(student_fn, teacher_fn, images: Array, labels: Array) -> tuple[Array, Array]:
+    """Returns the distance and the cosine of two networks' input gradients, [batch] each: see `alignment.DEFINITION`."""
+    a, b = (alignment.input_gradients(logits_fn, images, labels) for logits_fn in (student_fn, teacher_fn))
+    return alignment.gradient_distance(a, b), alignment.gradient_cosine(a, b)
+
+
+def on_mesh(model: Model, variables: dict, mesh: jax.sharding.Mesh) -> Partial:
+    """Returns images -> logits with the variables on every device of a mesh of this process's devices.
+
+    Args:
+      model, variables: see `run_attack`; of several processes all make this call.
+      mesh: from `shares.local_mesh`.
+    """
+    return models.logits_fn(model, jax.device_put(shares.local(variables), parallel.replicated(mesh)))
 
 
 def float_images(images: np.ndarray) -> np.ndarray:
-    """Returns images as float32 in [0, 1], on the host: what `to_float` gives on a device, to the last bit."""
+    """Returns images as float32 in [0, 1], on the host: what `augment.to_float` gives on a device, to the last bit."""
     images = np.asarray(images)
     return images.astype(np.float32) / np.float32(255) if images.dtype == np.uint8 else images.astype(np.float32)
 
@@ -290,29 +304,6 @@ def predictions(model: Model, variables: dict, images: np.ndarray) -> np.ndarray
     return np.asarray(_predict(model, shares.local(variables), jnp.asarray(images)))
 
 
-def _equal_batches(n: int, batch_size: int) -> int:
-    """Returns the size of the fewest equal batches that hold n images."""
-    return math.ceil(n / math.ceil(n / batch_size))
-
-
-def _batches(source: Source, indices: np.ndarray, batch_size: int, mesh) -> Iterator[tuple[np.ndarray, slice, dict]]:
-    """Yields (indices, the rows that are theirs, sharded batch): equal batches, the last one padded by repeating images."""
-    size = math.ceil(_equal_batches(shares.largest(len(source)), batch_size) / mesh.size) * mesh.size
-    for first in range(0, len(indices), size):
-        part = indices[first:first + size]
-        batch = parallel.put_batch(source.batch(np.resize(part, size)), mesh)
-        yield part, slice(0, len(part)), batch | {"images": to_float(batch["images"])}
-
-
 @functools.partial(jax.jit, static_argnames="model")
 def _predict(model, variables, images) -> Array:
     return jnp.argmax(model.apply(variables, images, train=False)[0], axis=-1)
-
-
-@functools.partial(jax.jit, static_argnames=("student", "teacher"))
-def _alignment(student, student_variables, teacher, teacher_variables, images, labels) -> Array:
-    def gradients(model, variables):
-        return alignment.input_gradients(lambda images: model.apply(variables, images, train=False)[0], images, labels)
-
-    a, b = gradients(student, student_variables), gradients(teacher, teacher_variables)
-    return jnp.stack([alignment.gradient_distance(a, b), alignment.gradient_cosine(a, b)])

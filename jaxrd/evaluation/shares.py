@@ -7,6 +7,7 @@ is what one process finds.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxrd.attacks.outcome import Outcome, Tally
 from jaxrd.errors import InputError
+from jaxrd.evaluation.alignment.batching import equal_batches, in_batches
 from jaxrd.training import parallel, processes
 
 _AT_ONCE = 64 << 20  # bytes of a process in one collective, for all processes' arrive on every device
@@ -80,6 +82,31 @@ def complete(values: np.ndarray) -> np.ndarray:
     return result
 
 
+def per_example(function: Callable[..., Any], *arrays: Any, batch_size: int, mesh: Mesh) -> Any:
+    """Returns function(*arrays) as `alignment.in_batches`, of which every process computes its `rows`, and all return all.
+
+    Args:
+      function, batch_size: see `alignment.in_batches`.
+      *arrays: [n, ...] each, the same in every process; n at least 1.
+      mesh: from `local_mesh`.
+
+    Raises:
+      InputError: see `alignment.in_batches`; where one process meets it, all raise.
+    """
+    n = len(arrays[0])
+    own = rows(n)
+    with processes.together():
+        found = in_batches(
+            function, *(array[own] for array in arrays), batch_size=equal_batches(largest(n), batch_size), mesh=mesh)
+
+    def whole(values):
+        result = np.zeros((n, *values.shape[1:]), values.dtype)
+        result[own] = values
+        return complete(result)
+
+    return jax.tree.map(whole, found)
+
+
 def complete_outcome(outcome: Outcome) -> Outcome:
     """Returns the outcome of a cascade on all points, of which every process has attacked its `rows`."""
     if jax.process_count() == 1:
@@ -92,11 +119,6 @@ def complete_outcome(outcome: Outcome) -> Outcome:
         for at, stage in enumerate(outcome.tallies)}
     arrays = {name: complete(getattr(outcome, name)) for name in ("images", "clean_correct", "attack_index", "rescored")}
     return Outcome(np.arange(len(outcome.images)), **arrays, tallies=tallies, flags=outcome.flags, metadata=outcome.metadata)
-
-
-def total(values: np.ndarray) -> np.ndarray:
-    """Returns the sum over all processes of arrays of one shape and dtype."""
-    return _gather_exactly(np.asarray(values)).sum(axis=0)
 
 
 def longest(seconds: float) -> float:

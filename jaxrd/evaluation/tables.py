@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jaxrd.evaluation.names import MEASURES, attack_name, attack_order, norm_name
+from jaxrd.evaluation.names import COLUMNS, MEASURES, SMALLER_IS_BETTER, attack_name, attack_order, norm_name
 from jaxrd.evaluation.runs import aggregate, images_text, radius_text, summary
 
 _DEFAULT_COLUMNS = ("clean", "fgsm", "pgd20", "cw30", "autoattack")
@@ -90,7 +90,7 @@ def columns(groups: Sequence[dict]) -> list[tuple[str, str]]:
             ("train_examples", "train images"),
             *([("seeds", "seeds")] if any(group["seeds"] > 1 for group in groups) else []),
             *((name, attack_name(name)) for name in names),
-            *((name, heading) for name, heading in MEASURES.items() if name in present)]
+            *((name, MEASURES[name]) for name in COLUMNS if name in present)]
 
 
 def text_columns(chosen: Sequence[tuple[str, str]]) -> int:
@@ -144,7 +144,7 @@ def best(groups: Sequence[dict], key: str) -> set[int]:
             peers.setdefault((group["data"], group["norm"], group["epsilon"]), []).append(place)
     for members in peers.values():
         shown = {place: float(cell(groups[place], key).split(" ")[0]) for place in members}
-        winner = (min if key == "gradient_distance" else max)(shown.values())
+        winner = (min if key in SMALLER_IS_BETTER else max)(shown.values())
         if len(set(shown.values())) > 1:
             places |= {place for place, value in shown.items() if value == winner}
     return places

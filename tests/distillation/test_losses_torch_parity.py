@@ -578,6 +578,8 @@ def read_on_torch(network, clean, adversarial, labels, options):
             "probability": lambda: F.softmax(logits, dim=1)[everyone, labels].sum(),
             "logit": lambda: logits[everyone, labels].sum(),
             "cross_entropy": lambda: F.cross_entropy(logits, labels, reduction="sum"),
+            "margin": lambda: (logits.masked_fill(F.one_hot(labels, 10).bool(), -torch.inf).amax(dim=1)
+                               - logits[everyone, labels]).sum(),
         }[options.get("direct_scalar", "probability")]()
         return torch.autograd.grad(scalar, images, create_graph=True)[0]
 
@@ -595,7 +597,7 @@ def read_on_torch(network, clean, adversarial, labels, options):
     ("ard+igdm", {"igdm_gamma": 0.0, "igdm_distance": "l2"}),
     ("ard+igdm", {"igdm_control": "mirror", "igdm_gamma": 0.3}),
     ("ard+jvp", {}),
-    *(("ard+direct", {"direct_scalar": scalar}) for scalar in ("probability", "logit", "cross_entropy")),
+    *(("ard+direct", {"direct_scalar": scalar}) for scalar in ("probability", "logit", "cross_entropy", "margin")),
     ("ard+direct", {"direct_distance": "squared_l2"}),
     ("ard+direct", {"direct_distance": "cosine", "direct_scalar": "logit"}),
     ("ard+direct", {"direct_at": "adversarial"}),

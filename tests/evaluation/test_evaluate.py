@@ -10,6 +10,7 @@ import pytest
 
 from jaxrd import attacks, models
 from jaxrd.errors import InputError
+from jaxrd.evaluation import alignment, names
 from jaxrd.evaluation import evaluate as evaluation
 from jaxrd.training import loop
 
@@ -44,8 +45,8 @@ def test_the_record_is_what_stands_in_the_file(evaluated):
 
 def test_the_record_names_the_run_the_data_and_the_attacks(evaluated, tiny_teacher):
     workdir, record, lines = evaluated
-    assert set(record) == {"jaxrd", "run", "data", "threat", "seed", "accuracy", "attacks", "alignment", "training",
-                           "robustness_curve", "seconds", "cascades"}
+    assert set(record) == {"jaxrd", "run", "data", "threat", "seed", "accuracy", "attacks", "alignment", "classes",
+                           "training", "robustness_curve", "seconds", "cascades"}
     assert record["run"] == {
         "workdir": str(workdir), "method": "ard", "student": "resnet6_w4", "teacher": str(tiny_teacher), "seed": 0,
         "parameters": models.parameter_count(models.restore(workdir)[1]), "step": 200, "checkpoint": "last",
@@ -97,8 +98,27 @@ def test_neither_batch_size_nor_devices_change_a_number(evaluated, tmp_path, opt
     found = evaluate(tmp_path / "run", **options)
     assert found["accuracy"] == record["accuracy"]
     assert found["robustness_curve"] == record["robustness_curve"]
-    for name in ("gradient_distance", "gradient_cosine"):
-        assert found["alignment"][name] == pytest.approx(record["alignment"][name], rel=1e-4)
+    for name in names.ALIGNMENT:
+        assert found["alignment"][name] == pytest.approx(record["alignment"][name], rel=1e-3)
+    for name in ("examples", "accuracy", "confusion"):
+        assert found["classes"][name] == record["classes"][name]
+
+
+def test_the_record_says_how_linear_the_student_is_and_how_near_to_its_teacher(evaluated, tiny_teacher, tiny_arrays):
+    workdir, record, _ = evaluated
+    found = record["alignment"]
+    assert 0 < found["central_remainder"] < 1 and 0 < found["taylor_remainder"] < 1
+    student, teacher = (models.logits_fn(*models.restore(directory)) for directory in (workdir, tiny_teacher))
+    with np.load(tiny_arrays.split(",")[1]) as test:
+        labels = test["labels"]
+        images = test["images"].astype(np.float32) / 255
+    clean = np.mean(alignment.point_distance(teacher, student, images))
+    assert abs(found["point_distance_uniform"] - clean) < 0.15 < found["point_distance_adversarial"]
+    classes = record["classes"]
+    assert np.dot(classes["examples"], classes["accuracy"]["clean"]) / 40 == pytest.approx(record["accuracy"]["clean"])
+    moved = np.array(classes["confusion"]["true_to_adversarial"])
+    assert np.trace(moved) / 40 == pytest.approx(record["accuracy"]["pgd20"])
+    assert moved.sum(axis=1).tolist() == np.bincount(labels, minlength=10).tolist()
 
 
 def test_a_student_that_is_its_teacher_is_aligned_with_it(evaluated, tiny_teacher, tmp_path):
@@ -110,10 +130,11 @@ def test_a_student_that_is_its_teacher_is_aligned_with_it(evaluated, tiny_teache
     assert other["gradient_cosine"] < 0.95 and other["gradient_distance"] > 1e-3
 
 
-def test_without_a_teacher_there_is_no_alignment_and_without_pgd_a_gallery_all_the_same(tiny_teacher, tmp_path):
+def test_without_a_teacher_there_is_the_network_alone_and_without_pgd_a_gallery_all_the_same(tiny_teacher, tmp_path):
     shutil.copytree(tiny_teacher, tmp_path / "run")
     record = evaluate(tmp_path / "run", ["clean"], split="validation", step=100)
-    assert "alignment" not in record
+    assert record["alignment"].keys() == {"taylor_remainder", "central_remainder", "definitions"}
+    assert record["classes"].keys() == {"examples", "accuracy"}
     assert (record["run"]["step"], record["run"]["checkpoint"]) == (100, "100")
     assert (record["data"]["split"], record["data"]["examples"]) == ("validation", 40)
     with np.load(tmp_path / "run" / "evaluation" / "gallery.npz") as gallery:
@@ -153,7 +174,8 @@ def test_a_teacher_that_is_gone_costs_the_alignment_and_nothing_else(student, tm
         path.write_text(path.read_text().replace(config["teacher"], str(tmp_path / "gone")))
     lines = []
     record = evaluate(workdir, "clean", say=lines.append)
-    assert "alignment" not in record and record["accuracy"]["clean"] > 0
+    assert "gradient_cosine" not in record["alignment"] and "teacher" not in record["alignment"]
+    assert record["alignment"]["taylor_remainder"] > 0 and record["accuracy"]["clean"] > 0
     assert "no such run directory" in lines[0] and "--teacher" in lines[0]
     with pytest.raises(InputError, match="^--teacher: .*no such run directory"):
         evaluate(workdir, "clean", teacher=str(tmp_path / "gone"))
@@ -223,6 +245,8 @@ def test_attacks_of_several_calls_stand_side_by_side_while_their_terms_are_the_s
     assert set(more["accuracy"]) == set(more["attacks"]) == {*record["accuracy"], "mim"}
     assert {name: more["accuracy"][name] for name in record["accuracy"]} == record["accuracy"]
     assert more["robustness_curve"] == record["robustness_curve"] and more["alignment"] == record["alignment"]
+    assert set(more["classes"]["accuracy"]) == set(more["accuracy"])
+    assert more["classes"]["confusion"] == record["classes"]["confusion"]
     assert set(evaluate(tmp_path / "run", "mim", seed=1)["accuracy"]) == {"mim"}
     path.write_text("{")
     assert set(evaluate(tmp_path / "run", "mim")["accuracy"]) == {"mim"}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrd.evaluation import alignment
+from tests.support import assert_input_error
 
 BATCH, SHAPE, CLASSES = 4, (3, 2, 2), 3
 SIZE = int(np.prod(SHAPE))
@@ -34,6 +35,33 @@ def test_input_gradients_against_finite_differences():
             move[index] = step
             slope = (probability(IMAGES + move) - probability(IMAGES - move)) / (2 * step)
             np.testing.assert_allclose(got[(slice(None), *index)], slope, atol=1e-9)
+
+
+def test_input_gradients_of_other_scalars():
+    images, labels = jnp.asarray(IMAGES, jnp.float32), jnp.asarray(LABELS)
+    jacobian, logits = alignment.jacobian(logits_fn, images), logits_fn(images)
+    own = jnp.take_along_axis(jacobian, labels[:, None, None, None, None], axis=1)[:, 0]
+    np.testing.assert_allclose(alignment.input_gradients(logits_fn, images, labels, "logit"), own, rtol=1e-5)
+    others = np.asarray(logits).copy()
+    others[np.arange(BATCH), LABELS] = -np.inf
+    rival = jacobian[np.arange(BATCH), others.argmax(axis=1)]
+    np.testing.assert_allclose(
+        alignment.input_gradients(logits_fn, images, labels, "margin"), rival - own, rtol=1e-4, atol=1e-5)
+    residual = jax.nn.softmax(logits) - jax.nn.one_hot(labels, CLASSES)
+    np.testing.assert_allclose(
+        alignment.input_gradients(logits_fn, images, labels, "cross_entropy"),
+        alignment.vector_jacobian_product(logits_fn, images, residual), rtol=1e-4, atol=1e-5)
+    squares = alignment.input_gradients(logits_fn, images, labels, lambda logits, labels: jnp.sum(logits**2, axis=1) / 2)
+    np.testing.assert_allclose(
+        squares, alignment.vector_jacobian_product(logits_fn, images, logits), rtol=1e-4, atol=1e-5)
+
+
+def test_a_margin_has_one_true_class_and_a_scalar_one_number_per_image():
+    soft = jnp.full([BATCH, CLASSES], 1 / CLASSES)
+    assert_input_error(lambda: alignment.input_gradients(logits_fn, jnp.asarray(IMAGES), soft, "margin"), "soft")
+    assert_input_error(lambda: alignment.input_gradients(logits_fn, jnp.asarray(IMAGES), LABELS, "loss"), '"loss"', "margin")
+    with pytest.raises(AssertionError):
+        alignment.input_gradients(logits_fn, jnp.asarray(IMAGES), LABELS, lambda logits, labels: logits.sum())
 
 
 def test_input_gradients_need_images_and_labels():
