@@ -19,6 +19,7 @@ from launch import start
 flags.disclaim_key_flags()  # --config is a flag of the command that asks for it, and stands in its help
 
 _EXAMPLE = "--config=configs/digits.py:ard+igdm"
+_base: dict[str, dict[str, str]] = {}  # filled by a command whose --config is a text
 _defaults: dict[str, str] = {}  # given as an argument where there is none, for ml_collections would load it at once
 
 
@@ -31,6 +32,19 @@ def define_config(default: str | None = None) -> None:
         f"The fields: python -m launch.train {_EXAMPLE} --print_config")
     if default:
         _defaults["config"] = default
+
+
+def define_base_config() -> None:
+    """Defines `--config` and its overrides for a command that reads the file itself, many times over: see `base_config`."""
+    flags.DEFINE_string(
+        "config", None, f"Config file and its argument, such as {_EXAMPLE.partition('=')[2]}; of a sweep file, in place of its "
+        "own. Fields for all runs follow it: --config.training.steps=50.")
+    _base.update(overrides={})
+
+
+def base_config() -> tuple[str | None, dict[str, str]]:
+    """Returns the text of `--config` (None where it is not given) and dotted field -> text of its overrides."""
+    return flags.FLAGS.config, _base["overrides"]
 
 
 def config() -> configs.Config:
@@ -110,7 +124,9 @@ def _parse(argv: list[str]) -> list[str]:
     argv = _overrides(argv)
     if "config" in _defaults and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
         argv.insert(1, f"--config={_defaults['config']}")
-    file = _check_config(argv) if "config" in flags.FLAGS else None
+    if _base:
+        argv = _split_overrides(argv)
+    file = _check_config(argv) if "config" in flags.FLAGS and not _base else None
     sys.argv[:] = argv  # config_flags looks there for the overrides
     try:
         rest = flags.FLAGS(argv)
@@ -137,6 +153,20 @@ def _overrides(argv: list[str]) -> list[str]:
         else:
             result.append(argument)
     return [re.sub(r"^(--?config\.method)(?==|$)", r"\1.name", argument) for argument in result]
+
+
+def _split_overrides(argv: list[str]) -> list[str]:
+    """Returns the command line without `--config.field=value`, which is kept for `base_config`."""
+    rest = []
+    for argument in argv:
+        if match := re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", argument):
+            negated, field, value = match.groups()
+            if wrong := configs.unknown_field(field):
+                raise InputError(wrong)
+            _base["overrides"][field] = value if value is not None else "false" if negated else "true"
+        else:
+            rest.append(argument)
+    return rest
 
 
 def _check_config(argv: list[str]) -> str:

@@ -145,8 +145,8 @@ def _evaluate_own(subject: Subject, chosen, split, teacher, curve, shared, tell)
         found["robustness_curve"] = robustness.robustness_curve(
             model, variables, source, threat, radii, name=curve, known=known, **shared,
             resume=subject.directory(curve, split, shared["seed"]), say=tell)
-    if seconds := _seconds_per_step(workdir, config.training.batch_size):
-        found["training"] = {"seconds_per_step": seconds}
+    if cost := _cost_of_training(workdir, config.training.batch_size):
+        found["training"] = cost
     _write_gallery(workdir, model, variables, source, threat, results.get(_GALLERY_ATTACK), shared)
     record.write(path, found)
     return found
@@ -194,11 +194,17 @@ def _open_teacher(subject: Subject, teacher: str, tell) -> tuple[str, models.Mod
         return None
 
 
-def _seconds_per_step(workdir, batch_size: int) -> float | None:
-    """The median pace of training, as its log has it: without compilation and validation."""
-    entries = read_metrics(workdir / "metrics.jsonl")
-    pace = [entry["images_per_second"] for entry in entries if is_number(entry.get("images_per_second"))]
-    return batch_size / float(np.median(pace)) if pace else None
+def _cost_of_training(workdir, batch_size: int) -> dict[str, float]:
+    """Returns "seconds_per_step", the median pace of training as its log has it, without compilation and validation, and
+    "step_memory", the bytes that a step takes on each device (see `loop.step_memory`); of both what is known.
+    """
+    entries, cost = read_metrics(workdir / "metrics.jsonl"), {}
+    if pace := [entry["images_per_second"] for entry in entries if is_number(entry.get("images_per_second"))]:
+        cost["seconds_per_step"] = batch_size / float(np.median(pace))
+    memory = record.read(workdir / "environment.json").get("step_memory")
+    if isinstance(memory, dict) and is_number(memory.get("total")):
+        cost["step_memory"] = memory["total"]
+    return cost
 
 
 def _write_gallery(workdir, model, variables, source, threat, result, shared) -> None:

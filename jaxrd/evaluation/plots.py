@@ -1,75 +1,28 @@
-"""The figures of a report: training curves, robust accuracy against epsilon, and galleries of adversarial images.
+"""The figures of a report: training curves, robust accuracy against epsilon, seeds, correlations, adversarial images.
 
-Figures are built as `matplotlib.figure.Figure` objects, which draw with Agg and leave pyplot's global state alone. Each
-has a wide layout and a narrow one, since a wide figure shrunk to a phone is unreadable.
+Each has a wide layout and a narrow one, since a wide figure shrunk to a phone is unreadable.
 """
 
-import base64
-import dataclasses
-import io
 import math
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from jaxrd.evaluation import figures
+from jaxrd.evaluation.figures import GRID, INK, PALETTE, SOFT, TEACHER_COLOUR, Line, data_uri, is_number, lines, png, styled, tidy
 from jaxrd.evaluation.names import attack_name, epsilon_text, norm_name
 
-# Okabe and Ito's colour-blind-safe palette, less its black (near the teacher's grey) and its yellow (faint on white).
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-TEACHER_COLOUR = "#5F6368"
+__all__ = [
+    "PALETTE", "TEACHER_COLOUR", "Line", "correlation", "correlations", "data_uri", "gallery", "gallery_scale", "has_star",
+    "is_number", "lines", "pearson", "png", "robust_accuracy", "seeds", "training_curves"]
+
 RIGHT, WRONG = "#00805D", "#C8351B"
-_INK, _SOFT, _GRID = "#23282E", "#66707A", "#E6E9EC"
-_STYLES = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))
 _STAR = {"linestyle": "", "marker": "*", "markersize": 11, "markeredgecolor": "white", "markeredgewidth": 0.8}
 
-_INSTALLED = set(font_manager.get_font_names())
-_FONTS = [name for name in ("Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans") if name in _INSTALLED]
-_styled = matplotlib.rc_context({
-    "font.family": _FONTS, "font.size": 9.5, "text.color": _INK, "text.parse_math": False, "axes.labelcolor": _SOFT,
-    "axes.edgecolor": "#B9C0C7", "axes.linewidth": 0.8, "xtick.color": _SOFT, "ytick.color": _SOFT})
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Line:
-    """What one row of the table looks like in every plot.
-
-    Attributes:
-      label: its name in legends.
-      colour: one per method; the teacher's is grey.
-      style: matplotlib's line style, which tells rows of one colour apart.
-      runs: the row's runs (one per seed), each with `config`, `metrics` and `evaluation`.
-    """
-
-    label: str
-    colour: str
-    style: object
-    runs: tuple
-
-
-def lines(rows: Sequence[tuple[str, str, bool, tuple]]) -> list[Line]:
-    """Gives each row its colour and line style.
-
-    Args:
-      rows: (label, method, is the teacher, runs), in the order of the table.
-
-    Returns:
-      One line per row; rows of one method share its colour.
-    """
-    methods = list(dict.fromkeys(method for _, method, teacher, _ in rows if not teacher))
-    used = {}
-    result = []
-    for label, method, teacher, runs in rows:
-        colour = TEACHER_COLOUR if teacher else PALETTE[methods.index(method) % len(PALETTE)]
-        used[colour] = used.get(colour, -1) + 1
-        result.append(Line(label, colour, _STYLES[(used[colour] + teacher) % len(_STYLES)], tuple(runs)))
-    return result
-
-
-@_styled
+@styled
 def robust_accuracy(rows: Sequence[Line], narrow: bool = False) -> Figure | None:
     """Draws accuracy against the radius of the attack, one panel per data set, norm and attack.
 
@@ -100,20 +53,20 @@ def robust_accuracy(rows: Sequence[Line], narrow: bool = False) -> Figure | None
     if not panels:
         return None
 
-    figure, axes = _grid(len(panels), 1 if narrow else min(len(panels), 2), (4.5, 3.5) if narrow else (
+    figure, axes = figures.panels(len(panels), 1 if narrow else min(len(panels), 2), (4.5, 3.5) if narrow else (
         7.4 if len(panels) == 1 else 4.4, 3.9))
     for axis, ((data, norm, attack), panel) in zip(axes, panels.items()):
         for epsilon in sorted(panel["trained"]):
-            axis.axvline(epsilon, color=_SOFT, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+            axis.axvline(epsilon, color=SOFT, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
             left = epsilon > 0.75 * max(x for series in panel["series"].values() for points in series for x in points)
             axis.annotate(f"training ε = {epsilon_text(epsilon)}", (epsilon, 100), xytext=(-4 if left else 4, -1),
-                          textcoords="offset points", ha="right" if left else "left", va="top", color=_SOFT,
+                          textcoords="offset points", ha="right" if left else "left", va="top", color=SOFT,
                           fontsize=8.5)
         for row, series in panel["series"].items():
             _draw(axis, row, series, percent=True, marker="o")
         for (row, epsilon), accuracies in panel["stars"].items():
             axis.plot(epsilon, 100 * np.mean(accuracies), color=row.colour, zorder=4, clip_on=False, **_STAR)
-        _tidy(axis, f"Accuracy under {attack_name(attack)}, %" + (f": {data}" if len(panels) > 1 else ""))
+        tidy(axis, f"Accuracy under {attack_name(attack)}, %" + (f": {data}" if len(panels) > 1 else ""))
         axis.set_xlabel(f"ε of the attack ({norm_name(norm)})")
         axis.set_ylim(0, 101)
         axis.set_xlim(left=0)
@@ -129,7 +82,7 @@ def has_star(evaluation: dict) -> bool:
             and "autoattack" in evaluation.get("accuracy", {}))
 
 
-@_styled
+@styled
 def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None:
     """Draws validation accuracies, the training loss, each of its terms and what methods watch besides against the step.
 
@@ -149,7 +102,7 @@ def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None
     if not panels:
         return None
 
-    figure, axes = _grid(len(panels), 1 if narrow else min(3, len(panels)), (4.5, 2.5) if narrow else (3.3, 2.7))
+    figure, axes = figures.panels(len(panels), 1 if narrow else min(3, len(panels)), (4.5, 2.5) if narrow else (3.3, 2.7))
     for axis, key in zip(axes, panels):
         accuracy = key.endswith("accuracy")
         for row in rows:
@@ -165,7 +118,7 @@ def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None
             term = f"train/weight/{key.partition('/')[2]}" in keys or not any(key.startswith("train/weight/") for key in keys)
             kind = "Validation " if kind == "validation" else "Training " if name == "loss" else "Loss term: " if term else ""
             title = kind + name if kind else name.capitalize()
-        _tidy(axis, title + (", %" if accuracy else ""))
+        tidy(axis, title + (", %" if accuracy else ""))
         axis.set_xlabel("step")
         if accuracy:
             axis.set_ylim(0, 101)
@@ -176,6 +129,96 @@ def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None
     return figure
 
 
+@styled
+def seeds(rows: Sequence[tuple[Line, Sequence[float]]], title: str, narrow: bool = False) -> Figure:
+    """Draws the accuracy of each seed as a dot, a row below another, with a bar at the row's mean.
+
+    Args:
+      rows: each with its runs' accuracies, in [0, 1].
+      title: of the panel.
+      narrow: whether to draw for a phone.
+
+    Returns:
+      The figure.
+    """
+    figure, (axis,) = figures.panels(1, 1, (4.5 if narrow else 7.4, 0.62 + 0.3 * len(rows)), above=0)
+    for place, (row, values) in enumerate(rows):
+        percent = 100 * np.asarray(values, float)
+        # Seeds stand a little below each other, the first at the top, so that equal ones are seen.
+        offsets = np.linspace(-0.22, 0.22, len(percent)) if len(percent) > 1 else [0.0]
+        axis.plot(percent, place + np.asarray(offsets), color=row.colour, linestyle="", marker="o", markersize=4.6, alpha=0.75,
+                  markeredgewidth=0, zorder=3)
+        axis.plot([percent.mean()] * 2, [place - 0.36, place + 0.36], color=row.colour, linewidth=2.2, zorder=2)
+    tidy(axis, title)
+    axis.grid(axis="x", color=GRID, linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [row.label for row, _ in rows], fontsize=8.5, color=INK)
+    axis.set_ylim(len(rows) - 0.45, -0.55)
+    axis.spines["bottom"].set_visible(False)
+    return figure
+
+
+def correlation(points: Sequence[tuple[str, float, float]], x_label: str, y_label: str, rows: Sequence[Line] = (),
+                narrow: bool = False) -> Figure:
+    """Draws points with the line of least squares through them, their number and Pearson's r; see `correlations`.
+
+    Args:
+      points: (label, x, y); points of one label share a colour and a marker.
+      x_label, y_label: what x and y are.
+      rows: what labels look like; others are given colours in the order of their appearance.
+      narrow: whether to draw for a phone.
+
+    Returns:
+      The figure.
+    """
+    return correlations([(points, x_label)], y_label, rows, narrow)
+
+
+@styled
+def correlations(panels: Sequence[tuple[Sequence[tuple[str, float, float]], str]], y_label: str, rows: Sequence[Line] = (),
+                 narrow: bool = False) -> Figure:
+    """Draws one panel for each thing that y is set against.
+
+    Args:
+      panels: (points, x_label) each; see `correlation`.
+      y_label, rows, narrow: see `correlation`.
+
+    Returns:
+      The figure; above it a legend where there is more than one label.
+    """
+    labels = list(dict.fromkeys(label for points, _ in panels for label, _, _ in points))
+    looks = {row.label: row for row in (*lines([(label, label, False, ()) for label in labels]), *rows)}
+    columns = 1 if narrow else min(len(panels), 3)
+    width, height = (4.5, 3.3) if narrow else (6.0, 3.9) if len(panels) == 1 else (4.4, 3.6) if len(panels) == 2 else (3.3, 3.1)
+    legend_rows = math.ceil(len(labels) / figures.legend_columns(columns * width, labels)) if len(labels) > 1 else 0
+    figure, axes = figures.panels(len(panels), columns, (width, height), above=0.1 + 0.19 * legend_rows)
+    for axis, (points, x_label) in zip(axes, panels):
+        _, x, y = zip(*points)
+        r = pearson(x, y)
+        if r is not None:
+            ends = np.array([min(x), max(x)])
+            axis.plot(ends, np.polyval(np.polyfit(x, y, 1), ends), color=SOFT, linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
+        for label in labels:
+            its = [point[1:] for point in points if point[0] == label]
+            if its:
+                axis.plot(*zip(*its), color=looks[label].colour, marker=looks[label].marker, linestyle="", markersize=6.2,
+                          markeredgecolor="white", markeredgewidth=0.6, alpha=0.9, zorder=3)
+        tidy(axis, f"r = {'undefined' if r is None else f'{r:+.2f}'.replace('-', '−')}, n = {len(points)}")
+        axis.set_xlabel(x_label)
+    for axis in axes[::columns]:
+        axis.set_ylabel(y_label)
+    if len(labels) > 1:
+        figures.legend(figure, [(label, Line2D([], [], color=looks[label].colour, marker=looks[label].marker, linestyle="",
+                                               markersize=6)) for label in labels])
+    return figure
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Returns Pearson's r of two sequences of the same length, or None where one of them does not vary."""
+    x, y = (np.asarray(values, float) - np.mean(values) for values in (x, y))
+    scale = math.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / scale) if scale > 0 else None
+
+
 def gallery_scale(gallery: dict, threat: dict) -> float:
     """Returns the change of a pixel that a gallery shows in full colour: an L-inf radius, else the largest change."""
     largest = float(np.abs(gallery["adversarial"] - gallery["images"]).max(initial=0.0))
@@ -183,7 +226,7 @@ def gallery_scale(gallery: dict, threat: dict) -> float:
     return float(epsilon) if threat.get("norm") == "linf" and largest <= epsilon * 1.001 else largest or 1.0
 
 
-@_styled
+@styled
 def gallery(arrays: dict, threat: dict, narrow: bool = False, most: int = 10) -> Figure:
     """Draws clean images, their perturbations and the adversarial images below each other.
 
@@ -230,35 +273,19 @@ def gallery(arrays: dict, threat: dict, narrow: bool = False, most: int = 10) ->
                 for spine in axis.spines.values():
                     spine.set(color=colour, linewidth=2.0)
             if place == 0:
-                axis.set_title(f"label {label}", fontsize=8.5, color=_SOFT, pad=4)
+                axis.set_title(f"label {label}", fontsize=8.5, color=SOFT, pad=4)
             if column == 0:
-                axis.set_ylabel(("clean", "perturbation", "adversarial")[place], color=_INK, **(
+                axis.set_ylabel(("clean", "perturbation", "adversarial")[place], color=INK, **(
                     {"fontsize": 7.5, "labelpad": 4} if narrow else
                     {"fontsize": 9, "labelpad": 9, "rotation": 0, "ha": "right", "va": "center"}))
     return figure
 
 
-@_styled
-def png(figure: Figure) -> bytes:
-    """Returns the figure as a PNG on white, at twice the pixels of its size on the page."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=170)
-    return buffer.getvalue()
-
-
-def data_uri(image: bytes) -> str:
-    """Returns a PNG as a `data:` address, so that a page needs no other file."""
-    return "data:image/png;base64," + base64.b64encode(image).decode("ascii")
-
-
-def _grid(count, columns, size):
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(columns * size[0], rows * size[1] + 0.3), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[count:]:
-        axis.set_visible(False)
-    return figure, axes[:count]
+def _legend(figure, rows, stars=False):
+    entries = [(row.label, Line2D([], [], color=row.colour, linestyle=row.style, linewidth=2)) for row in rows if len(rows) > 1]
+    if stars:
+        entries.append((attack_name("autoattack"), Line2D([], [], color=INK, **_STAR)))
+    figures.legend(figure, entries)
 
 
 def _draw(axis, row, series, percent, marker=None):
@@ -278,31 +305,6 @@ def _draw(axis, row, series, percent, marker=None):
               marker=marker or ("o" if len(shared) == 1 else None), markersize=3.6, clip_on=not marker)
 
 
-def _tidy(axis, title):
-    axis.set_title(title, loc="left", fontsize=10, fontweight="bold", color=_INK, pad=8)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.grid(axis="y", color=_GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(length=0, labelsize=8.5)
-    axis.tick_params(axis="x", length=3)
-    axis.locator_params(axis="both", nbins=6)
-
-
-def _legend(figure, rows, stars=False):
-    entries = [(row.label, Line2D([], [], color=row.colour, linestyle=row.style, linewidth=2)) for row in rows if len(rows) > 1]
-    if stars:
-        entries.append((attack_name("autoattack"), Line2D([], [], color=_INK, **_STAR)))
-    if not entries:
-        return
-    labels, handles = zip(*entries)
-    # In inches, about: a character at this size, and the sample line with its space.
-    widths = [0.65 + 0.065 * len(label) for label in labels]
-    width = figure.get_figwidth()
-    columns = len(labels) if sum(widths) <= width else max(1, int(width / max(widths)))
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=2.2,
-                  columnspacing=1.6, borderaxespad=0.2)
-
-
 def _show(axis, pixels, colours, low, high):
     if pixels.shape[-1] == 1:
         axis.imshow(pixels[..., 0], cmap=colours, vmin=low, vmax=high, interpolation="nearest")
@@ -310,9 +312,4 @@ def _show(axis, pixels, colours, low, high):
         axis.imshow(np.clip((pixels - low) / (high - low), 0, 1), interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
-        spine.set(color=_GRID, linewidth=0.8)
-
-
-def is_number(value: object) -> bool:
-    """Whether a value from a JSON file is a number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        spine.set(color=GRID, linewidth=0.8)

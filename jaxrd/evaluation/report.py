@@ -25,13 +25,14 @@ __all__ = ["aggregate", "markdown_table", "other_data_table", "summary", "table"
 _GALLERIES = 4
 
 
-def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = None) -> Path:
+def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = None, before: Iterable[str] = ()) -> Path:
     """Writes a self-contained HTML report, and its plots as PNG files in `evaluation/` beside it.
 
     Args:
       workdirs: one run directory, or those to compare.
       path: the HTML file; its directory is made if need be.
       title: heading of the page; by default it names the run, or the data that the runs share.
+      before: HTML of sections that stand before the results, from `page.section`.
 
     Returns:
       The path written.
@@ -58,7 +59,7 @@ def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = 
     # Imported weights may have been evaluated on other data alone.
     other_only = not any("accuracy" in run.evaluation for run in runs) and any(OTHER_DATA in run.evaluation for run in runs)
     results = "" if other_only else _results(groups, lines, runs)
-    sections = [page.section("Results", results), shift.section(groups, members), *cascades.sections(groups, members, lines)]
+    sections = [*before, page.section("Results", results), shift.section(groups, members), *cascades.sections(groups, members, lines)]
     several = any(group["seeds"] > 1 for group in groups)
     loss_note = "Losses of different methods sum different terms, so their heights are not comparable."
     curve_note = "Means over seeds; bands are one standard deviation. " if several else ""

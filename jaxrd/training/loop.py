@@ -119,6 +119,8 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
             if recipe.method.attack.two_classes:
                 check_batch(recipe.method, train_source.labels[train_source.indices(config.seed, step, batch_size)], step + 1)
             began = time.perf_counter()
+            if not log.compiled:
+                train_step = _compiled(train_step, state, teacher_variables, batch, log.workdir)
             state, metrics = train_step(state, teacher_variables, batch)
             step += 1
             if not log.compiled:
@@ -162,6 +164,32 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
                     raise KeyboardInterrupt
                 raise SystemExit(128 + signal.Signals[stopping].value)
     return state
+
+
+def _compiled(train_step, state, teacher_variables, batch, workdir):
+    """Compiles the step for the arguments of all steps, and notes in environment.json what memory it takes."""
+    if not hasattr(train_step, "lower"):  # a function around it, that watches or disturbs it
+        return train_step
+    compiled = train_step.lower(state, teacher_variables, batch).compile()
+    if processes.is_main() and (memory := step_memory(compiled)):
+        with disk_explained(str(workdir / "environment.json")):
+            write_json(workdir / "environment.json", environment() | {"step_memory": memory})
+    return compiled
+
+
+def step_memory(compiled) -> dict[str, int] | None:
+    """Returns the bytes on each device that a compiled step takes, as XLA has planned it; None where it does not say.
+
+    "temporary" is what it needs while it runs (activations, for the most part), "arguments" (the state, the teacher, a batch)
+    and "outputs" are what goes in and comes out, and "aliased" the part of the outputs that takes the place of arguments;
+    "total" = temporary + arguments + outputs - aliased.
+    """
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    memory = {"temporary": found.temp_size_in_bytes, "arguments": found.argument_size_in_bytes,
+              "outputs": found.output_size_in_bytes, "aliased": found.alias_size_in_bytes}
+    return memory | {"total": memory["temporary"] + memory["arguments"] + memory["outputs"] - memory["aliased"]}
 
 
 def open_data(config: Config) -> tuple[DataSet, data.Source]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrd.errors import InputError
-from jaxrd.evaluation import plots, report
+from jaxrd.evaluation import page, plots, report
 from jaxrd.evaluation.names import attack_name
 from jaxrd.evaluation.runs import read_runs
 
@@ -374,6 +374,13 @@ def test_at_most_four_galleries(tmp_path):
     workdirs = [make_run(tmp_path / str(place), f"method{place}", accuracy={"clean": 0.9}) for place in range(6)]
     report.write(workdirs, tmp_path / "report.html")
     assert len(list((tmp_path / "evaluation").glob("gallery_*.png"))) == 4
+
+
+def test_sections_of_a_caller_stand_before_the_results(tmp_path):
+    workdir = make_run(tmp_path / "ard", accuracy={"clean": 0.9})
+    before = [page.section(heading, "<p>plan</p>") for heading in ("Sweep & plan", "Differences")]
+    text = report.write([workdir], tmp_path / "report.html", before=before).read_text(encoding="utf-8")
+    assert re.findall("<h2>(.*?)</h2>", text)[:3] == ["Sweep &amp; plan", "Differences", "Results"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
