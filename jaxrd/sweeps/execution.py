@@ -8,6 +8,7 @@ import contextlib
 import glob
 import json
 import logging
+import math
 import os
 import pathlib
 import queue
@@ -229,19 +230,26 @@ def slurm(plan: Plan, jobs: Sequence[list[Run]], progress: Progress, parameters:
         "them running, and --collect reads later what they came to")
     left = dict(zip(submitted, jobs))
     gone: dict[Any, float] = {}
+    queued, asked = None, -math.inf
     while left:
-        queued = _queued()
+        now = time.monotonic()
+        if now - asked > _ASK:
+            queued, asked = _queued(), now
         for task in list(left):
-            if queued is not None and task.job_id not in queued:
-                gone.setdefault(task, time.monotonic())
-            # A job that was killed leaves no result; one that has just ended may still be writing it.
-            if task.done() or time.monotonic() - gone.get(task, time.monotonic()) > _PATIENCE:
+            if queued is None:
+                ended = task.done()
+            else:
+                if task.job_id not in queued:
+                    gone.setdefault(task, now)
+                # A job that was killed leaves no result; one that has just ended may still be writing it.
+                ended = task.paths.result_pickle.exists() or now - gone.get(task, now) > _PATIENCE
+            if ended:
                 _settle(plan, task, left.pop(task), progress)
         if left:
             time.sleep(_POLL)
 
 
-_POLL, _PATIENCE = 1.0, 20.0  # seconds
+_POLL, _ASK, _PATIENCE = 1.0, 10.0, 20.0  # seconds
 
 
 def slurm_executor(workdir: pathlib.Path, parameters: Mapping[str, Any]):
@@ -277,12 +285,9 @@ def _submitit():
 
 
 def _queued() -> set[str] | None:
-    """Returns the jobs that SLURM knows of, or None where it does not say.
-
-    Submitit asks sacct, which knows nothing on a cluster without accounting.
-    """
+    """Returns the jobs that wait or run, or None where SLURM does not say; submitit itself asks its accounting, if there is one."""
     try:
-        listed = subprocess.run(["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True, timeout=60, check=True)
+        listed = subprocess.run(["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return set(listed.stdout.split())
