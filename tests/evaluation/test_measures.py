@@ -35,7 +35,8 @@ def forward(variables, images, train):
 
 MODEL = Model("smooth", CLASSES, SHAPE, init=lambda key: {}, apply=forward, specification={})
 STUDENT, TEACHER = ({"params": GENERATOR.normal(size=(9, CLASSES)).astype(np.float32), "batch_stats": {}} for _ in range(2))
-LOGITS_FN, TEACHER_FN = (lambda images, weights=variables: forward(weights, images, False)[0] for variables in (STUDENT, TEACHER))
+LOGITS_FN, TEACHER_FN = (
+    lambda images, weights=variables: forward(weights, images, False)[0] for variables in (STUDENT, TEACHER))
 MODELS = {"teacher": (MODEL, TEACHER), "adversarial": ADVERSARIAL}
 
 
@@ -129,7 +130,8 @@ def test_class_by_class(whole):
     assert found["examples"] == np.bincount(LABELS, minlength=CLASSES).tolist() and found["examples"][-1] == 0
     for name, values in (("clean", results["clean"].robust), ("pgd20", results["pgd20"].robust)):
         means = found["accuracy"][name]
-        assert means[-1] is None and means[:-1] == pytest.approx([values[LABELS == label].mean() for label in range(CLASSES - 1)])
+        expected = [values[LABELS == label].mean() for label in range(CLASSES - 1)]
+        assert means[-1] is None and means[:-1] == pytest.approx(expected)
     assert found["gradient_cosine"][0] == pytest.approx(whole["gradient_cosine"][LABELS == 0].mean(), rel=1e-5)
     moved = np.array(found["confusion"]["true_to_adversarial"])
     assert moved.sum(axis=1).tolist() == found["examples"] and np.trace(moved) == results["pgd20"].robust.sum()
