@@ -106,7 +106,7 @@ def test_local_linearity_is_a_bound_on_what_the_loss_gains_in_the_ball():
     images, labels = jnp.asarray(0.3 + 0.4 * IMAGES), jnp.asarray(LABELS)
     threat = ThreatModel("linf", 0.1)
     gamma = jax.jit(lambda images: alignment.local_linearity(
-        jax.random.key(0), smooth, images, labels, threat=threat, steps=20))(images)
+        jax.random.key(0), smooth, images, labels, threat=threat, steps=8))(images)
     error = jax.jit(lambda deltas: alignment.linearity_error(smooth, images, deltas, labels))
     for seed in range(5):
         assert (error(threat.random_start(jax.random.key(seed), images) - images) <= gamma).all()
