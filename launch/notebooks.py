@@ -66,8 +66,9 @@ def execute(path: pathlib.Path, directory: pathlib.Path, timeout: int = 600):
         raise InputError(f"{path.name} cannot be read as a notebook: {str(error).splitlines()[0]}") from None
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     client = nbclient.NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(directory)}},
-        extra_arguments=["--log-level=40"])  # kernels warn of the local port that they listen on
+        notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True,
+        resources={"metadata": {"path": str(directory)}},
+        extra_arguments=["--log-level=50"])  # kernels warn of the local port that they listen on, and of interruptions
     try:
         client.execute()
     except nbclient.exceptions.CellExecutionError as error:
