@@ -1,7 +1,8 @@
 """Evaluates runs under attack: `python -m launch.evaluate --workdir=runs/a[,runs/b,...] --attacks=clean,pgd20,autoattack`.
 
-Writes evaluation.json, evaluation/ and report.html into every run directory; with several runs (or --report) also one report
-that compares them. Runs that differ only in their seed share a row of the table, as mean and standard deviation.
+Writes evaluation.json, evaluation/ and report.html into every run directory; with --report also one report that compares them.
+Runs that differ only in their seed share a row of the table, as mean and standard deviation. In tables/ beside a report lies each
+of its tables as Markdown, LaTeX (booktabs) and CSV.
 
 With --data=cifar10_1,'cifar10_corrupted/*' the attacks run on other test images with the same classes instead, and what earlier
 calls measured stays. A call that was killed goes on where it stopped.
@@ -34,7 +35,8 @@ _DATA = flags.DEFINE_list(
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS data sets lie; by default where the run's configuration says.")
 _EXAMPLES = flags.DEFINE_integer(
     "examples", None, "With --data: only the first so many images of each, for a quick look.", lower_bound=1)
-_REPORT = flags.DEFINE_string("report", None, "Where to write the report that compares the runs.")
+_REPORT = flags.DEFINE_string("report", None, "Where to write the report that compares the runs, such as runs/report.html; its plots go to "
+                              "evaluation/ and its tables to tables/ beside it.")
 start.define_flags()
 
 
@@ -46,6 +48,10 @@ def main() -> None:
     for workdir in _WORKDIR.value:  # before the first of them is evaluated
         if not pathlib.Path(workdir).is_dir():
             raise command.HereError(f"--workdir={workdir}: no such run directory; train it first, or correct the path")
+        inside = sorted(path.parent for path in pathlib.Path(workdir).glob("*/config.json"))
+        if inside and not (pathlib.Path(workdir) / "config.json").is_file():  # of a sweep, say
+            raise command.HereError(f"--workdir={workdir} is no run directory but holds {len(inside)}; give these, such as "
+                                    f"--workdir={inside[0]}")
     if _REPORT.value and pathlib.Path(_REPORT.value).is_dir():
         raise InputError(f"--report={_REPORT.value} is a directory; name a file in it, such as report.html")
     start.initialize()

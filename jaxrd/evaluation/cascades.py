@@ -52,7 +52,7 @@ def _stages(name, groups, members, lines):
     for group, line, mark, spent in rows:
         last = list(group["values"])[-1]
         body.append([
-            f'<span class="key" style="background:{line.colour}"></span>{escape(group["label"])}',
+            page.key(line.colour) + escape(group["label"]),
             *([str(group["seeds"])] if several else []),
             *(page.number(tables.cell(group, stage), mark if stage == last else "") for stage in stages),
             *(_cost(spent[key]["mean"]) if key in spent else "-" for key in costs)])

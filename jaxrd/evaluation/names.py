@@ -1,6 +1,7 @@
 """What attacks, norms, radii and measures are called in tables and figures, and the order in which attacks stand there."""
 
 import math
+from collections.abc import Iterable
 
 ALIGNMENT = {  # what evaluation.json has under "alignment", and its heading
     "gradient_cosine": "grad cosine", "gradient_distance": "grad distance", "taylor_remainder": "Taylor remainder",
@@ -32,6 +33,16 @@ def attack_order(key: str) -> tuple[int, str, int]:
     """Returns what to sort attacks by: the weak before the strong, fewer steps before more, unknown ones last by name."""
     stem = key.rstrip("0123456789")
     return _ORDER.index(stem) if stem in _ORDER else len(_ORDER), stem, int(key[len(stem):] or 0)
+
+
+def strongest(keys: Iterable[str]) -> str | None:
+    """Returns the attack that a comparison is about: AutoAttack where it is among them, else the strongest; None of none.
+
+    Attacks that are not known here are the strongest only where no other is.
+    """
+    keys = set(keys)
+    known = [key for key in keys if key.rstrip("0123456789") in _ORDER]
+    return "autoattack" if "autoattack" in keys else max(known or keys, key=attack_order, default=None)
 
 
 def norm_name(norm: str) -> str:

@@ -4,6 +4,7 @@ Each has a wide layout and a narrow one, since a wide figure shrunk to a phone i
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -130,18 +131,20 @@ def training_curves(rows: Sequence[Line], narrow: bool = False) -> Figure | None
 
 
 @styled
-def seeds(rows: Sequence[tuple[Line, Sequence[float]]], title: str, narrow: bool = False) -> Figure:
+def seeds(rows: Sequence[tuple[Line, Sequence[float]]], x_label: str, narrow: bool = False) -> Figure:
     """Draws the accuracy of each seed as a dot, a row below another, with a bar at the row's mean.
 
     Args:
       rows: each with its runs' accuracies, in [0, 1].
-      title: of the panel.
+      x_label: what the accuracy is.
       narrow: whether to draw for a phone.
 
     Returns:
       The figure.
     """
-    figure, (axis,) = figures.panels(1, 1, (4.5 if narrow else 7.4, 0.62 + 0.3 * len(rows)), above=0)
+    labels = [textwrap.fill(row.label, 24 if narrow else 48, break_long_words=False) for row, _ in rows]
+    height = max(0.3, 0.16 * max(1 + label.count("\n") for label in labels))
+    figure, (axis,) = figures.panels(1, 1, (4.5 if narrow else 7.4, 0.62 + height * len(rows)), above=0)
     for place, (row, values) in enumerate(rows):
         percent = 100 * np.asarray(values, float)
         # Seeds stand a little below each other, the first at the top, so that equal ones are seen.
@@ -149,9 +152,10 @@ def seeds(rows: Sequence[tuple[Line, Sequence[float]]], title: str, narrow: bool
         axis.plot(percent, place + np.asarray(offsets), color=row.colour, linestyle="", marker="o", markersize=4.6, alpha=0.75,
                   markeredgewidth=0, zorder=3)
         axis.plot([percent.mean()] * 2, [place - 0.36, place + 0.36], color=row.colour, linewidth=2.2, zorder=2)
-    tidy(axis, title)
+    tidy(axis, "")
     axis.grid(axis="x", color=GRID, linewidth=0.8)
-    axis.set_yticks(range(len(rows)), [row.label for row, _ in rows], fontsize=8.5, color=INK)
+    axis.set_xlabel(x_label)
+    axis.set_yticks(range(len(rows)), labels, fontsize=8.5, color=INK)
     axis.set_ylim(len(rows) - 0.45, -0.55)
     axis.spines["bottom"].set_visible(False)
     return figure
@@ -214,9 +218,7 @@ def correlations(panels: Sequence[tuple[Sequence[tuple[str, float, float]], str]
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Returns Pearson's r of two sequences of the same length, or None where one of them does not vary."""
-    x, y = (np.asarray(values, float) - np.mean(values) for values in (x, y))
-    scale = math.sqrt((x * x).sum() * (y * y).sum())
-    return float((x * y).sum() / scale) if scale > 0 else None
+    return None if np.ptp(x) == 0 or np.ptp(y) == 0 else float(np.corrcoef(x, y)[0, 1])
 
 
 def gallery_scale(gallery: dict, threat: dict) -> float:

@@ -4,19 +4,17 @@ Every number is read from the run directories (`config.json`, `metrics.jsonl`, `
 `evaluation/gallery.npz`); what a run does not hold is left out, or "-" in a table.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
 from jaxrd.errors import InputError
-from jaxrd.evaluation import cascades, page, plots, shift, tables
-from jaxrd.evaluation.names import ALIGNMENT, MEASURES, attack_name, attack_order, epsilon_text, norm_name
+from jaxrd.evaluation import cascades, classes, correlations, exports, page, plots, reliability, settings, shift, tables
+from jaxrd.evaluation.names import ALIGNMENT, attack_name, attack_order, epsilon_text, norm_name
 from jaxrd.evaluation.record import OTHER_DATA, short
 from jaxrd.evaluation.runs import (
-    aggregate, collapse, count_text, flat, images_text, is_number, members_of, radius_text, read_gallery, read_runs, summary,
-    to_rows)
+    aggregate, count_text, images_text, is_number, members_of, radius_text, read_gallery, read_runs, summary, to_rows)
 from jaxrd.evaluation.shift import table as other_data_table
 from jaxrd.evaluation.tables import markdown_table, table
 
@@ -26,7 +24,7 @@ _GALLERIES = 4
 
 
 def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = None, before: Iterable[str] = ()) -> Path:
-    """Writes a self-contained HTML report, and its plots as PNG files in `evaluation/` beside it.
+    """Writes a self-contained HTML report; beside it its plots in `evaluation/` (PNG), its tables in `tables/` (see `exports`).
 
     Args:
       workdirs: one run directory, or those to compare.
@@ -38,10 +36,14 @@ def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = 
       The path written.
 
     Raises:
-      InputError: see `summary`; or `path` is a directory.
+      InputError: see `summary`; no run was evaluated and nothing stands `before`; or `path` is a directory.
     """
     runs = read_runs(workdirs)
-    path = Path(path)
+    path, before = Path(path), tuple(before)
+    if not before and not any(run.evaluation.get(part) for run in runs for part in ("accuracy", OTHER_DATA)):
+        names = [str(run.workdir) for run in runs]
+        raise InputError(f"nothing to report, for {_listed(names)} {'has' if len(names) == 1 else 'have'} no results; run "
+                         f"python -m launch.evaluate --workdir={','.join(names)} first")
     if path.is_dir():
         raise InputError(f'report path "{path}" is a directory; name a file in it, such as {path / "report.html"}')
     groups = aggregate(to_rows(runs))
@@ -58,8 +60,9 @@ def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = 
 
     # Imported weights may have been evaluated on other data alone.
     other_only = not any("accuracy" in run.evaluation for run in runs) and any(OTHER_DATA in run.evaluation for run in runs)
-    results = "" if other_only else _results(groups, lines, runs)
-    sections = [*before, page.section("Results", results), shift.section(groups, members), *cascades.sections(groups, members, lines)]
+    results = "" if other_only else _results(groups, members, lines, runs)
+    sections = [*before, page.section("Results", results), shift.section(groups, members),
+                *cascades.sections(groups, members, lines), reliability.section(groups, members, lines, folder)]
     several = any(group["seeds"] > 1 for group in groups)
     loss_note = "Losses of different methods sum different terms, so their heights are not comparable."
     curve_note = "Means over seeds; bands are one standard deviation. " if several else ""
@@ -73,13 +76,17 @@ def write(workdirs: Iterable[str | Path], path: str | Path, title: str | None = 
         if wide is not None:
             narrow = draw(lines, narrow=True)
             sections.append(page.section(heading, page.figure(folder / f"{name}.png", wide, narrow, heading, note)))
-    sections += [page.section("Adversarial images", _galleries(chosen, left_out, folder)),
-                 page.section("Definitions", _definitions(groups, runs)),
-                 page.section("Settings", _every_run(runs) + _configuration(runs))]
+    sections += [correlations.section(groups, members, lines, folder),
+                 classes.section(groups, members, lines, folder),
+                 page.section("Adversarial images", _galleries(chosen, left_out, folder)),
+                 page.section("Definitions", _definitions(groups, runs)), settings.section(runs)]
     records = [record for run in runs for record in (run.evaluation, *run.evaluation.get(OTHER_DATA, {}).values())]
     versions = sorted({str(record["jaxrd"]) for record in records if "jaxrd" in record})
-    footer = f"Evaluated with jaxrd {', '.join(versions)}." if versions else ""
-    path.write_text(page.document(title, _statement(groups, runs), sections, footer), encoding="utf-8")
+    footer = f"Evaluated with jaxrd {', '.join(versions)}. " if versions else ""
+    footer += "The tables lie in tables/ beside this page too, as Markdown, LaTeX and CSV."
+    html = page.document(title, _statement(groups, runs), sections, footer)
+    exports.write(html, path.parent / "tables")
+    path.write_text(html, encoding="utf-8")
     return path
 
 
@@ -130,7 +137,7 @@ def _statement(groups, runs):
     return " ".join(text)
 
 
-def _results(groups, lines, runs):
+def _results(groups, members, lines, runs):
     columns = tables.columns(groups)
     meanings = {"method": "name of the method in the configuration", "train_examples": "images it was trained on",
                 "seeds": "evaluated runs that differ only in their seed",
@@ -139,9 +146,8 @@ def _results(groups, lines, runs):
         for name, attack in run.evaluation.get("attacks", {}).items():
             if isinstance(attack, dict) and attack.get("description"):
                 meanings.setdefault(name, f"accuracy in percent. {attack['description']}")
-        for name in ALIGNMENT:
-            if run.evaluation.get("alignment", {}).get("definition"):
-                meanings.setdefault(name, run.evaluation["alignment"]["definition"])
+        for name, text in _measured(run).items():
+            meanings.setdefault(name, text)
     header = [f'<abbr title="{escape(str(meanings[key]))}">{escape(heading)}</abbr>' if key in meanings
               else escape(heading) for key, heading in columns]
     best = {key: tables.best(groups, key) for key, _ in columns}
@@ -151,7 +157,7 @@ def _results(groups, lines, runs):
         for key, _ in columns:
             text = page.number(tables.cell(group, key), tables.mark(group, key))
             if key == "method":
-                text = f'<span class="key" style="background:{line.colour}"></span>' + text.replace(
+                text = page.key(line.colour) + text.replace(
                     " (teacher)", ' <span class="sd">(teacher)</span>')
             cells.append(f'<span class="best">{text}</span>' if place in best[key] else text)
         body.append(cells)
@@ -167,7 +173,7 @@ def _results(groups, lines, runs):
     notes += _selection_notes(groups)
     shown = page.html_table(header, body, tables.text_columns(columns))
     note = f'<p class="note">{escape(" ".join(notes))}</p>'
-    return shown + cascades.flag_box(groups) + note + _differences(groups)
+    return shown + cascades.flag_box(groups) + note + reliability.changes(groups, members)
 
 
 def _selection_notes(groups):
@@ -181,35 +187,6 @@ def _selection_notes(groups):
             last = chosen == "test" and not any(group["optimistic"] for group in those)
             notes.append(f"{who}: {text}{'; what is evaluated is the last' if last else ''}.")
     return notes + [tables.CHOSEN_NOTE] * any(group["optimistic"] for group in groups)
-
-
-def _differences(groups):
-    """Returns a table of "method+module" minus "method" for each pair that is listed, or nothing."""
-    alike = ("role", "student", "data", "norm", "epsilon", "train_examples")
-    names = [(key, heading) for key, heading in tables.columns(groups)
-             if any(key in group["values"] for group in groups)]
-    body = []
-    for group in groups:
-        base = group["method"].rpartition("+")[0]
-        bases = [other for other in groups if base and other["method"] == base
-                 and all(other[key] == group[key] for key in alike)]
-        if len(bases) != 1:
-            continue
-        cells = []
-        for key, _ in names:
-            if key not in group["values"] or key not in bases[0]["values"]:
-                cells.append("-")
-                continue
-            difference = group["values"][key]["mean"] - bases[0]["values"][key]["mean"]
-            factor, decimals = (1, 3) if key in MEASURES else (100, 1)
-            # Adding 0.0 turns a rounded -0.0 into 0.0.
-            cells.append(f"{round(factor * difference, decimals) + 0.0:+.{decimals}f}")
-        body.append([escape(f"{group['label']} − {bases[0]['label']}"), *(cell.replace("-", "−") for cell in cells)])
-    if not body:
-        return ""
-    note = "Differences of the means above; accuracies in percentage points. Compare them with the standard deviations."
-    header = ["", *(escape(heading) for _, heading in names)]
-    return f'<h3>What the added module changes</h3>{page.html_table(header, body, 1)}<p class="note">{note}</p>'
 
 
 def _choose_galleries(groups, members):
@@ -258,9 +235,11 @@ def _definitions(groups, runs):
         for name, attack in sorted(attacks, key=lambda pair: attack_order(pair[0])):
             owners = entries.setdefault((attack_name(name), _attack_text(attack)), [])
             owners += [run] * (run not in owners)
-        definition = run.evaluation.get("alignment", {}).get("definition")
-        if definition:
-            entries.setdefault(("Gradient cosine and distance", escape(str(definition))), []).append(run)
+        texts: dict[str, list] = {}
+        for name, text in _measured(run).items():
+            texts.setdefault(text, []).append(ALIGNMENT[name])
+        for text, headings in texts.items():
+            entries.setdefault((_listed(headings), escape(text)), []).append(run)
     names = [name for name, _ in entries]
     html = ""
     for (name, text), owners in entries.items():
@@ -270,6 +249,15 @@ def _definitions(groups, runs):
     return f"<dl>{html}</dl>" if html else ""
 
 
+def _measured(run):
+    """Returns measure of alignment -> what it is, as far as the evaluation says so."""
+    found = run.evaluation.get("alignment", {})
+    definitions = found.get("definitions")
+    if not isinstance(definitions, dict):  # of an older evaluation
+        definitions = {name: found.get("definition") for name in ("gradient_cosine", "gradient_distance")}
+    return {name: str(definitions[name]) for name in ALIGNMENT if name in found and definitions.get(name)}
+
+
 def _attack_text(attack):
     if not isinstance(attack, dict):
         return escape(str(attack))
@@ -277,43 +265,6 @@ def _attack_text(attack):
                          if key != "description")
     description = escape(str(attack.get("description", "")))
     return description + (f' <span class="settings">{escape(settings)}</span>' if settings else "")
-
-
-def _every_run(runs):
-    if len(runs) < 2:
-        return ""
-    rows = to_rows(runs)
-    directories = {str(run.workdir): run for run in runs}
-    names = [(key, heading) for key, heading in tables.columns(aggregate(rows))
-             if any(key in row["accuracy"] or key in row["measures"] for row in rows)]
-    body = []
-    for row in rows:
-        run = directories[row["workdir"]]
-        described = run.evaluation.get("run", {})
-        single = collapse([row])
-        seconds = [line["seconds"] for line in run.metrics if is_number(line.get("seconds"))]
-        body.append([escape(row["workdir"]), *(escape("-" if value is None else str(value)) for value in (
-            row["seed"], described.get("step"), described.get("checkpoint"), described.get("weights"),
-            f"{max(seconds):,.0f} s" if seconds else None)), *(
-            page.number(tables.cell(single, key), tables.mark(single, key)) for key, _ in names)])
-    header = ["run", "seed", "step", "checkpoint", "weights", "training", *(escape(heading) for _, heading in names)]
-    return f"<details><summary>Every run</summary>{page.html_table(header, body, 1)}</details>"
-
-
-def _configuration(runs):
-    if len(runs) == 1:
-        text = escape(json.dumps(runs[0].config, indent=2, ensure_ascii=False))
-        return f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
-    configs = [flat(run.config) for run in runs]
-    fields = sorted({key for config in configs for key in config})
-    shown = {key: [short(config[key]) if key in config else "-" for config in configs] for key in fields}
-    differing = [key for key in fields if len(set(shown[key])) > 1]
-    common = "\n".join(f"{key} = {shown[key][0]}" for key in fields if key not in differing)
-    body = [[escape(str(run.workdir)), *(escape(shown[key][place]) for key in differing)]
-            for place, run in enumerate(runs)]
-    differences = page.html_table(["run", *map(escape, differing)], body, len(differing) + 1)
-    return (f"<details><summary>Configuration</summary><p>What differs:</p>{differences}"
-            f"<p>What all share:</p><pre>{escape(common)}</pre></details>")
 
 
 def _distinct(values):

@@ -34,12 +34,14 @@ class Run:
       config: `config.json`.
       metrics: the lines of `metrics.jsonl`; empty where the file is absent.
       evaluation: `evaluation.json`; empty where the file is absent.
+      environment: `environment.json`; empty where the file is absent.
     """
 
     workdir: Path
     config: dict
     metrics: tuple
     evaluation: dict
+    environment: dict = dataclasses.field(default_factory=dict)
 
 
 def summary(workdirs: Iterable[str | Path]) -> list[dict]:
@@ -247,6 +249,9 @@ def _read(workdir):
     if not workdir.is_dir():
         raise InputError(f'run directory "{workdir}" does not exist; train it first, or correct the path')
     if not (workdir / "config.json").is_file():
+        inside = sorted(path.parent for path in workdir.glob("*/config.json"))
+        if inside:  # of a sweep, say
+            raise InputError(f'"{workdir}" is no run directory but holds {len(inside)}, such as {inside[0]}; give these')
         raise InputError(f'"{workdir}" holds no config.json; give a run directory, as python -m launch.train makes it')
     config = _json(workdir / "config.json", "restore the file or train the run again") | _imported(workdir)
     evaluation = {}
@@ -256,7 +261,9 @@ def _read(workdir):
         evaluation = _json(workdir / "evaluation.json", again)
         evaluation = {name: value for name, value in evaluation.items() if value is not None}
         record.check(evaluation, workdir / "evaluation.json", again)
-    return Run(workdir, config, tuple(read_metrics(workdir / "metrics.jsonl")), evaluation)
+    environment = workdir / "environment.json"
+    return Run(workdir, config, tuple(read_metrics(workdir / "metrics.jsonl")), evaluation,
+               _json(environment, "delete it, and the report leaves it out") if environment.is_file() else {})
 
 
 def _imported(workdir):

@@ -12,6 +12,13 @@ from jaxrd.evaluation.runs import aggregate, images_text, radius_text, summary
 
 _DEFAULT_COLUMNS = ("clean", "fgsm", "pgd20", "cw30", "autoattack")
 MARK, CHOSEN_MARK = "†", "‡"  # of a doubtful accuracy; of a row whose checkpoint was chosen on the images it is measured on
+# What the two formats take for their own.
+MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|", "*": "\\*"})
+_LATEX = str.maketrans({
+    **{character: f"\\{character}" for character in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "]": "{]}", "*": "{*}",
+    "±": r"$\pm$", "−": "$-$", "∞": r"$\infty$", "ε": r"$\varepsilon$", "×": r"$\times$", "α": r"$\alpha$", "λ": r"$\lambda$",
+    MARK: r"$^\dagger$", CHOSEN_MARK: r"$^\ddagger$"})
 CHOSEN_NOTE = f"{CHOSEN_MARK} The checkpoint was chosen on these very images, so its accuracy is optimistic."
 
 
@@ -66,12 +73,38 @@ def markdown_table(workdirs: Iterable[str | Path]) -> str:
     Raises:
       InputError: see `summary`.
     """
-    special = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|", "*": "\\*"})
-    lines, left, notes = _text_table(workdirs)
-    header, *body = [[cell.translate(special) for cell in cells] for cells in lines]
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    rows = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *body)]
-    return "\n".join(rows + [f"\n{note.translate(special)}" for note in notes])
+    (header, *body), left, notes = _text_table(workdirs)
+    return "\n".join([markdown(header, body, left), *(f"\n{note.translate(MARKDOWN)}" for note in notes)])
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]], text_columns: int) -> str:
+    """Returns a table in GitHub-flavoured Markdown, lines without a trailing newline.
+
+    Args:
+      header, body: cells, as plain text.
+      text_columns: how many of the columns, the first ones, hold text and not numbers.
+    """
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    lines = [[cell.translate(MARKDOWN) for cell in cells] for cells in (header, *body)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (lines[0], rule, *lines[1:]))
+
+
+def latex(header: Sequence[str], body: Sequence[Sequence[str]], text_columns: int) -> str:
+    """Returns a table as a LaTeX `tabular` in the style of booktabs, lines without a trailing newline.
+
+    It needs \\usepackage{booktabs} and UTF-8, LaTeX's default; letters outside ASCII stay as they are.
+
+    Args:
+      header, body, text_columns: see `markdown`.
+    """
+    lines = [" & ".join(map(latex_text, cells)) + r" \\" for cells in (header, *body)]
+    return "\n".join([rf"\begin{{tabular}}{{{'l' * text_columns}{'r' * (len(header) - text_columns)}}}", r"\toprule", lines[0],
+                      r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"])
+
+
+def latex_text(text: str) -> str:
+    """Returns plain text as LaTeX prints it: special characters escaped, ± and − and the marks in mathematics."""
+    return text.translate(_LATEX)
 
 
 def columns(groups: Sequence[dict]) -> list[tuple[str, str]]:

@@ -4,8 +4,11 @@ All three call `runs.execute`, which notes what became of a run in its directory
 """
 
 import collections
+import contextlib
 import glob
 import json
+import logging
+import math
 import os
 import pathlib
 import queue
@@ -25,6 +28,7 @@ from jaxrd.sweeps import runs
 from jaxrd.sweeps.plan import Plan, Run
 
 BACKENDS = ("inline", "processes", "slurm")
+_WORKER = ("-m", "jaxrd.sweeps.worker")
 Say = Callable[[str], None]
 
 
@@ -113,26 +117,25 @@ class _Worker(threading.Thread):
                     if self._stopping:
                         break
                     self._give(run)
-            if self._process:
-                self._process.stdin.close()
-                self._process.wait()
         finally:
+            if self._process:
+                self._end()
             self._events.put(None)
 
     def stop(self) -> None:
         """Has the run at hand stop, once it has saved its state."""
         with self._lock:
             self._stopping = True
-            if self._process and self._process.poll() is None:
+            if self._process:
                 self._process.send_signal(signal.SIGTERM)
 
     def _give(self, run: Run) -> None:
         with self._lock:
             if self._stopping:
                 return
-            if not self._process or self._process.poll() is not None:
+            if not self._process:
                 self._process = self._start()
-        process = self._process
+            process = self._process
         answer = ""
         try:
             process.stdin.write(json.dumps(run.directory) + "\n")
@@ -143,7 +146,7 @@ class _Worker(threading.Thread):
         if answer:
             self._events.put((run, json.loads(answer)))
             return
-        status = process.wait()
+        status = self._end()
         if self._stopping:
             return
         how = (f"was killed by {signal.Signals(-status).name} (out of memory, perhaps)" if status < 0
@@ -151,12 +154,21 @@ class _Worker(threading.Thread):
         runs.fail(self._plan, run, f"its process {how}; what it saved is there, and the same command goes on from that")
         self._events.put((run, ""))
 
+    def _end(self) -> int:
+        """Waits for the end of the process, which has nothing more to do or is gone; returns its status."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        status = self._process.wait()
+        self._process.stdout.close()
+        with self._lock:
+            self._process = None
+        return status
+
     def _start(self) -> subprocess.Popen:
         with open(self._plan.workdir / "processes.txt", "ab") as rest:
             return subprocess.Popen(
-                [sys.executable, "-m", "jaxrd.sweeps.worker", str(self._plan.workdir)], env=self._environment, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=rest,
-                start_new_session=True)  # Ctrl-C in a terminal comes once, from here
+                [sys.executable, *_WORKER, str(self._plan.workdir)], env=self._environment, text=True, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=rest, start_new_session=True)  # Ctrl-C in a terminal comes once, from here
 
 
 def visible_gpus() -> list[str]:
@@ -218,27 +230,31 @@ def slurm(plan: Plan, jobs: Sequence[list[Run]], progress: Progress, parameters:
         "them running, and --collect reads later what they came to")
     left = dict(zip(submitted, jobs))
     gone: dict[Any, float] = {}
+    queued, asked = None, -math.inf
     while left:
-        queued = _queued()
+        now = time.monotonic()
+        if now - asked > _ASK:
+            queued, asked = _queued(), now
         for task in list(left):
-            if queued is not None and task.job_id not in queued:
-                gone.setdefault(task, time.monotonic())
-            # A job that was killed leaves no result; one that has just ended may still be writing it.
-            if task.done() or time.monotonic() - gone.get(task, time.monotonic()) > _PATIENCE:
+            if queued is None:
+                ended = task.done()
+            else:
+                if task.job_id not in queued:
+                    gone.setdefault(task, now)
+                # A job that was killed leaves no result; one that has just ended may still be writing it.
+                ended = task.paths.result_pickle.exists() or now - gone.get(task, now) > _PATIENCE
+            if ended:
                 _settle(plan, task, left.pop(task), progress)
         if left:
             time.sleep(_POLL)
 
 
-_POLL, _PATIENCE = 1.0, 20.0  # seconds
+_POLL, _ASK, _PATIENCE = 1.0, 10.0, 20.0  # seconds
 
 
 def slurm_executor(workdir: pathlib.Path, parameters: Mapping[str, Any]):
     """Returns submitit's executor with these parameters; see `slurm`."""
-    try:
-        import submitit
-    except ImportError:
-        raise InputError('the backend "slurm" needs submitit, which is not installed: pip install "jaxrd[slurm]"') from None
+    submitit = _submitit()
     parameters = {"name": "jaxrd-sweep", "timeout_min": 720, **parameters}
     cluster = parameters.pop("cluster", "slurm")
     if cluster not in ("slurm", "local"):
@@ -251,13 +267,27 @@ def slurm_executor(workdir: pathlib.Path, parameters: Mapping[str, Any]):
     return executor
 
 
-def _queued() -> set[str] | None:
-    """Returns the jobs that SLURM knows of, or None where it does not say.
-
-    Submitit asks sacct, which knows nothing on a cluster without accounting.
-    """
+def _submitit():
+    level = os.environ.get("SUBMITIT_LOG_LEVEL")
+    # Its configuration of logging closes the handlers of everybody else in this process.
+    os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"
     try:
-        listed = subprocess.run(["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True, timeout=60, check=True)
+        import submitit
+    except ImportError:
+        raise InputError('the backend "slurm" needs submitit, which is not installed: pip install "jaxrd[slurm]"') from None
+    finally:
+        # The jobs, which inherit it, do log.
+        os.environ.pop("SUBMITIT_LOG_LEVEL")
+        if level is not None:
+            os.environ["SUBMITIT_LOG_LEVEL"] = level
+    logging.getLogger("submitit").setLevel(logging.CRITICAL)  # that sacct is not there, again and again
+    return submitit
+
+
+def _queued() -> set[str] | None:
+    """Returns the jobs that wait or run, or None where SLURM does not say; submitit itself asks its accounting, if there is one."""
+    try:
+        listed = subprocess.run(["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return set(listed.stdout.split())

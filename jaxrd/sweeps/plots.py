@@ -6,7 +6,6 @@ They are `matplotlib.figure.Figure` objects in the style of `jaxrd.evaluation.pl
 import itertools
 import math
 import statistics
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,12 +14,13 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from jaxrd.errors import InputError, suggest
 from jaxrd.evaluation import figures
 from jaxrd.evaluation.figures import GRID, INK, PALETTE, SOFT, is_number, styled, tidy
+from jaxrd.sweeps.results import Table, confidence_interval, heading
 
 _LOGARITHMIC = 20.0  # from this ratio of the largest to the smallest swept number on
 
 
 @styled
-def against(table: Any, field: str, measure: str, narrow: bool = False) -> Figure:
+def against(table: Table, field: str, measure: str, narrow: bool = False) -> Figure:
     """Draws a measure against a swept number: every seed a dot, the mean a line, with a band of one standard deviation.
 
     Points that differ in other fields too are lines of their own. The axis is logarithmic where the numbers span a factor of 20.
@@ -68,7 +68,7 @@ def against(table: Any, field: str, measure: str, narrow: bool = False) -> Figur
 
 
 @styled
-def dots(table: Any, measure: str, narrow: bool = False) -> Figure:
+def dots(table: Table, measure: str, narrow: bool = False) -> Figure:
     """Draws the points below each other: every seed a dot, the mean a bar with one standard deviation, the baseline's a line.
 
     Args:
@@ -88,7 +88,7 @@ def dots(table: Any, measure: str, narrow: bool = False) -> Figure:
 
 
 @styled
-def differences(table: Any, measure: str, narrow: bool = False) -> Figure:
+def differences(table: Table, measure: str, narrow: bool = False) -> Figure:
     """Draws the differences from the baseline: every pair of one seed a dot, their mean a bar with its 95 % confidence interval.
 
     Args:
@@ -102,8 +102,6 @@ def differences(table: Any, measure: str, narrow: bool = False) -> Figure:
     _check_measure(table, measure)
     if not table.plan.baseline:
         raise InputError("this sweep has no baseline to take differences from; run it again with one, which costs no new runs")
-    from jaxrd.sweeps.results import confidence_interval
-
     factor = _factor(table, measure)
     by_point: dict[str, dict[int, float]] = {}
     for row in table.rows:
@@ -114,18 +112,16 @@ def differences(table: Any, measure: str, narrow: bool = False) -> Figure:
     pairs = {name: found for name, found in pairs.items() if found}
     if not pairs:
         raise InputError(f'no seed has both a run of "{table.plan.baseline}" and one of another point in {measure}')
-    unit = ", points" if table.is_accuracy(measure) else ""
-    return _side_by_side(pairs, f"{title_of(table, measure, unit=False)} minus {table.plan.baseline}{unit}", narrow, line=0.0,
-                         interval=confidence_interval)
+    name = title_of(table, measure) if not table.is_accuracy(measure) else f"{heading(measure)} accuracy, points"
+    figure = _side_by_side(pairs, f"{name}: difference", narrow, line=0.0, interval=confidence_interval)
+    figure.axes[0].set_xlabel(f"minus {_short(table.plan.baseline, narrow)}")
+    return figure
 
 
-def title_of(table: Any, measure: str, unit: bool = True) -> str:
+def title_of(table: Table, measure: str) -> str:
     """Returns the heading of a measure's figure."""
-    from jaxrd.sweeps.results import heading
-
     if table.is_accuracy(measure):
-        name = heading(measure)
-        return ("Clean accuracy" if measure == "clean" else f"Accuracy under {name}") + (", %" if unit else "")
+        return "Clean accuracy, %" if measure == "clean" else f"Accuracy under {heading(measure)}, %"
     words = {"seconds_per_step": "Seconds per training step", "step_memory": "Memory of a training step, MB"}
     return words.get(measure) or heading(measure).replace("grad ", "gradient ").capitalize()
 
@@ -152,8 +148,7 @@ def _side_by_side(values: dict[str, list[float]], title: str, narrow: bool, *, b
     axis.locator_params(axis="x", nbins=4 if narrow else 7)
     axis.set_ylim(len(values) - 0.4, -0.6)
     axis.yaxis.set_major_locator(FixedLocator(range(len(values))))
-    most = 22 if narrow else 48  # characters
-    axis.set_yticklabels([name if len(name) <= most else f"{name[:most - 1]}…" for name in values], color=INK, fontsize=8.5)
+    axis.set_yticklabels([_short(name, narrow) for name in values], color=INK, fontsize=8.5)
     return figure
 
 
@@ -172,15 +167,20 @@ def _scale(axis, numbers: list[float]) -> None:
         axis.xaxis.set_minor_locator(NullLocator())
 
 
+def _short(name: str, narrow: bool) -> str:
+    most = 22 if narrow else 48
+    return name if len(name) <= most else f"{name[:most - 1]}…"
+
+
 def _sd(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _factor(table: Any, measure: str) -> float:
+def _factor(table: Table, measure: str) -> float:
     return 100.0 if table.is_accuracy(measure) else 1e-6 if measure == "step_memory" else 1.0
 
 
-def _check_measure(table: Any, measure: str) -> None:
+def _check_measure(table: Table, measure: str) -> None:
     if measure not in table.measures:
         known = suggest(measure, table.measures) if table.measures else "none is finished yet"
         raise InputError(f'no run of this sweep has "{measure}"; {known}')

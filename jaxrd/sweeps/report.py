@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from jaxrd.evaluation import page, report, tables
+from jaxrd.evaluation import page, report
 from jaxrd.evaluation.figures import is_number
 from jaxrd.evaluation.names import attack_order
 from jaxrd.sweeps import plots
@@ -18,12 +18,11 @@ _FIGURES = ("gradient_cosine", "taylor_remainder", "seconds_per_step")  # drawn 
 
 
 def write(table: Table) -> Path | None:
-    """Writes report.html and tables/ into the sweep's directory; returns the page's path, None where no run is finished yet."""
+    """Writes report.html into the sweep's directory, with its tables in tables/; returns the page's path, None where no run is finished yet."""
     plan = table.plan
     finished = [plan.workdir / row["run"] for row in table.rows if row["status"] == "finished"]
     if not finished:
         return None
-    _write_tables(table)
     folder = plan.workdir / "evaluation"
     folder.mkdir(exist_ok=True)
     sections = [page.section("What this sweep compares", _about(table)), page.section("Points", _means(table)),
@@ -101,12 +100,3 @@ def _failed(table: Table) -> str:
 
 def _html(header: list[str], body: list[list[str]]) -> str:
     return page.html_table([escape(cell) for cell in header], [[escape(row[0]), *map(page.number, row[1:])] for row in body], 1)
-
-
-def _write_tables(table: Table) -> None:
-    folder = table.plan.workdir / "tables"
-    folder.mkdir(exist_ok=True)
-    for name, (header, body) in (("means", table.means()), ("differences", table.differences())):
-        for ending, form in (("md", getattr(tables, "markdown", None)), ("tex", getattr(tables, "latex", None))):
-            if body and form:
-                (folder / f"{name}.{ending}").write_text(form(header, body, 1) + "\n", encoding="utf-8")

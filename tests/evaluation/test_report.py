@@ -351,21 +351,24 @@ def test_page_is_self_contained_and_repeats_the_table(runs, comparison):
     page = Page(comparison)
     text = comparison.read_text(encoding="utf-8")
     assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert not re.search(r"<script|@import|url\(|https?:", text)
+    assert not re.search(r"<script [^>]|@import|url\(|https?:|<link|fetch\(|import\(", text)
+    assert "default-src 'none'" in text  # A browser would refuse what this test overlooks.
     plain = report.table(runs).splitlines()
     assert [[cell.strip() for cell in row] for row in page.rows] == [cells(line) for line in plain[:1] + plain[2:]]
     assert "Twenty steps up the loss." in text and "Not evaluated" in text
 
 
-def test_differences_are_those_of_the_means(comparison):
-    text = comparison.read_text(encoding="utf-8")
-    row = re.search(r'ard\+igdm − ard</td>(.*?)</tr>', text).group(1)
-    assert re.findall(r">([^<]+)<", row) == ["+3.5", "+0.0", "+12.5", "+0.000", "+0.000"]
+def test_differences_are_paired_by_seed(comparison):
+    changes = comparison.read_text(encoding="utf-8").partition("What the added module changes")[2]
+    row = re.search(r'ard\+igdm − ard</td>(.*?)</tr>', changes).group(1)
+    # Seeds 0 and 1: 97 - 93 and 96 - 91; 52 - 40 and 55 - 38. The third seed of ard has no partner.
+    assert [re.sub("<.*?>", "", cell) for cell in re.findall("<td.*?>(.*?)</td>", row)] == [
+        "2", "+4.5 ± 0.7", "+0.0 ± 0.0", "+14.5 ± 3.5", "+0.000 ± 0.000", "+0.000 ± 0.000"]
 
 
 def test_plots_are_left_beside_the_page(comparison):
     files = {file.name: file for file in (comparison.parent / "evaluation").iterdir()}
-    assert set(files) == {"training_curves.png", "robust_accuracy.png", "gallery_ard_0.png", "gallery_ard+igdm_0.png",
+    assert set(files) == {"training_curves.png", "robust_accuracy.png", "seeds.png", "correlation.png", "gallery_ard_0.png", "gallery_ard+igdm_0.png",
                           "gallery_teacher.png"}
     assert all(file.read_bytes().startswith(PNG_SIGNATURE) for file in files.values())
 
@@ -391,14 +394,36 @@ def test_one_run_reports_into_its_own_directory(tmp_path, channels):
     assert (workdir / "evaluation" / "gallery_ard.png").read_bytes().startswith(PNG_SIGNATURE)
 
 
-def test_a_run_with_nothing_but_its_config_has_a_page(tmp_path):
-    workdir = make_run(tmp_path / "new")
+def test_a_report_without_results_is_refused_with_the_command_that_makes_them(tmp_path):
+    workdirs = [make_run(tmp_path / name) for name in "ab"]
+    with pytest.raises(InputError, match=f"no results; run python -m launch.evaluate --workdir={workdirs[0]},{workdirs[1]} first"):
+        report.write(workdirs, tmp_path / "report.html")
+    assert not (tmp_path / "evaluation").exists()
+    # Beside results it is listed, and so it is where a caller has something else to say.
+    evaluated = make_run(tmp_path / "c", accuracy={"clean": 0.9})
+    assert f"Not evaluated: {workdirs[0]}" in report.write([workdirs[0], evaluated], tmp_path / "report.html").read_text()
+    assert report.write(workdirs, tmp_path / "failed.html", before=[page.section("Sweep", "All failed.")]).is_file()
+
+
+def test_a_run_that_was_only_evaluated_has_a_page(tmp_path):
+    workdir = make_run(tmp_path / "new", accuracy={"clean": 0.9})
     (workdir / "metrics.jsonl").unlink()
-    assert Page(report.write([workdir], tmp_path / "report.html")).rows[1][:3] == ["ard", "100", "-"]
+    assert Page(report.write([workdir], tmp_path / "report.html")).rows[1][:2] == ["ard", "100"]
+
+
+def test_directories_that_are_no_runs_say_what_would_be(tmp_path):
+    sweep = tmp_path / "sweep"
+    for name in ("a-seed0", "b-seed0"):
+        make_run(sweep / name, accuracy={"clean": 0.9})
+    with pytest.raises(InputError, match=r'sweep" is no run directory but holds 2, such as .*a-seed0; give these'):
+        report.table([sweep])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match='empty" holds no config.json; give a run directory'):
+        report.table([tmp_path / "empty"])
 
 
 def test_half_a_line_of_metrics_is_passed_over(tmp_path):
-    workdir = make_run(tmp_path / "killed")
+    workdir = make_run(tmp_path / "killed", accuracy={"clean": 0.9})
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"step": 150, "train/lo')
     report.write([workdir], tmp_path / "report.html")
@@ -436,6 +461,7 @@ def test_best_student_is_marked_and_the_teacher_is_not(comparison):
             '"seconds": {"clean": -1}')),
     lambda run: (run / "config.json").write_text("{"),
     lambda run: (run / "config.json").unlink(),
+    lambda run: (run / "environment.json").write_text("{"),
     lambda run: (run / "evaluation" / "gallery.npz").write_bytes(b"PK\x03\x04 cut"),
     lambda run: np.savez(run / "evaluation" / "gallery.npz", images=np.zeros((1, 2, 2, 1))),
 ])
@@ -455,7 +481,7 @@ def test_missing_directories_are_one_line(tmp_path):
     with pytest.raises(InputError, match="at least one"):
         report.table([])
     with pytest.raises(InputError, match="is a directory"):
-        report.write([make_run(tmp_path / "run")], tmp_path)
+        report.write([make_run(tmp_path / "run", accuracy={"clean": 0.9})], tmp_path)
 
 
 @pytest.mark.parametrize("key, name", [("clean", "clean"), ("fgsm", "FGSM"), ("pgd20", "PGD-20"), ("cw30", "CW-30"),

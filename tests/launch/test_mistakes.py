@@ -82,6 +82,7 @@ EARLY = {
     "evaluate": ["--workdir is missing"],
     "evaluate --workdir=FILES/nope": ["FILES/nope: no such run directory"],
     "evaluate --workdir=FILES,FILES/nope": ["FILES/nope: no such run directory"],
+    "evaluate --workdir=FILES/sweep": ["FILES/sweep is no run directory but holds 2", "--workdir=FILES/sweep/a-seed0"],
     "evaluate --workdir=FILES --report=FILES": ["--report=FILES is a directory"],
     "evaluate --workdir=FILES --seed=a": ["--seed=a", "whole number"],
     "evaluate --workdir=FILES --batch_size=0": ["--batch_size=0"],
@@ -106,6 +107,9 @@ def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("files")
     for name, text in CONFIG_FILES.items():
         (directory / f"{name}.py").write_text(text)
+    for name in ("a-seed0", "b-seed0"):
+        (directory / "sweep" / name).mkdir(parents=True)
+        (directory / "sweep" / name / "config.json").write_text("{}")
     return str(directory)
 
 
