@@ -19,8 +19,8 @@ from launch import command
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file (TOML), such as configs/ablations/alpha.toml.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep; goes on where it holds one.")
-_GRID = flags.DEFINE_string("grid", None, 'Field -> values, as JSON, such as \'{"method.igdm": [0, 1, 10]}\'; every combination '
-                            "is a point.")
+_GRID = flags.DEFINE_string("grid", None, "Field -> values, as JSON; every combination is a point, such as those of "
+                            '\'{"method.igdm": [0, 1, 10]}\'.')
 _SEEDS = flags.DEFINE_list("seeds", None, "Seeds of every point, comma-separated.")
 _ATTACKS = flags.DEFINE_string("attacks", None, "Attacks of the evaluation, comma-separated, as launch.evaluate's. By default "
                                "what the sweep file says, else clean,pgd20,autoattack.")

@@ -23,7 +23,8 @@ _LOGARITHMIC = 20.0  # from this ratio of the largest to the smallest swept numb
 def against(table: Table, field: str, measure: str, narrow: bool = False) -> Figure:
     """Draws a measure against a swept number: every seed a dot, the mean a line, with a band of one standard deviation.
 
-    Points that differ in other fields too are lines of their own. Where the numbers span a factor of 20 the axis is logarithmic.
+    Points that differ in other fields too are lines of their own. Where the numbers span a factor of 20 or more, the axis is
+    logarithmic.
 
     Args:
       table: from `sweeps.run` or `sweeps.read`.

@@ -61,8 +61,8 @@ def _differences(table: Table) -> str:
     if not body:
         return ""
     note = (f"Each run minus the run of {table.plan.baseline} with the same seed, mean ± standard deviation of these "
-            "differences; accuracies in percentage points. The figures show 95 % confidence intervals of the mean (Student's t), for each "
-            "point and measure by itself.")
+            "differences; accuracies in percentage points. The figures show 95 % confidence intervals of the mean (Student's t), "
+            "for each point and measure by itself.")
     return _html(header, body) + f'<p class="note">{escape(note)}</p>'
 
 

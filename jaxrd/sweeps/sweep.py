@@ -53,8 +53,8 @@ def run(
 
     Raises:
       InputError: for the first thing that is wrong, before anything runs: an unknown field, a value out of range, an empty
-        list, a baseline that is no point, a directory that holds runs of another configuration, a teacher that does not exist, or
-        another sweep at work in the directory.
+        list, a baseline that is no point, a directory that holds runs of another configuration, a teacher that does not exist,
+        or another sweep at work in the directory.
       KeyboardInterrupt, SystemExit: a signal came; what was trained is saved.
 
     Example:

@@ -118,7 +118,8 @@ def test_a_pool_comes_to_the_same_table_and_a_failing_run_stops_nobody(whole, ti
 def test_sigterm_saves_the_run_at_hand_and_the_same_command_goes_on(tiny_arrays, tmp_path):
     workdir = tmp_path / "sweep"
     given = command(*arguments(tiny_arrays, workdir, "--config.training.steps=100000",
-                               "--config.training.checkpoint_every=100000", "--config.training.log_every=10", rates=(0.05,), seeds="0"))
+                               "--config.training.checkpoint_every=100000", "--config.training.log_every=10", rates=(0.05,),
+                               seeds="0"))
     process = subprocess.Popen(given, cwd=ROOT, env=FAST, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = workdir / f"{RATE}=0.05-seed0"
     deadline = time.monotonic() + 120
