@@ -9,8 +9,13 @@ from collections.abc import Collection
 class InputError(ValueError):
     """A bad value from the user: one line that names the field, the value and the way out.
 
-    The command lines print it without a traceback and exit with status 1; a library user sees an ordinary `ValueError`.
+    The command lines print it without a traceback and exit with status 1; a notebook shows the line alone (%debug still has
+    the stack); a library user sees an ordinary `ValueError`.
     """
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of the traceback, by its own protocol."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 def need(ok: bool, field: str, value, rule: str) -> None:

@@ -1,6 +1,7 @@
 """What every command line shares: flags, the config file with its overrides, help, and one-line errors."""
 
 import difflib
+import functools
 import logging
 import pathlib
 import re
@@ -54,15 +55,17 @@ def config() -> configs.Config:
     return configs.Config.from_dict(flags.FLAGS.config)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], arguments: bool = False) -> None:
     """Parses the command line and calls `main()`; a user's mistake ends in one line on stderr and exit status 1.
 
-    Any other exception is a bug and keeps its traceback. Of several processes one speaks, and all end: with the status of the
-    one that failed, or 75 where one was lost.
+    Where the command takes `arguments`, what is no flag is given to `main` as a list; elsewhere it is a mistake. Any other
+    exception is a bug and keeps its traceback. Of several processes one speaks, and all end: with the status of the one that
+    failed, or 75 where one was lost.
     """
     _silence_libraries()
     try:
-        app.run(lambda _: _together(main), flags_parser=_parse)
+        app.run(lambda argv: _together(functools.partial(main, argv[1:]) if arguments else main),
+                flags_parser=functools.partial(_parse, arguments=arguments))
     except InputError as error:
         alone = start.supposed_process_id() == 0 or sys.stderr.isatty()
         if getattr(error, "speaks", alone or isinstance(error, HereError)):
@@ -117,7 +120,7 @@ def _silence_libraries() -> None:
     sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else report(event)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], arguments: bool = False) -> list[str]:
     if {"--help", "-help", "-h"} & set(argv[1:]):
         print(f"{sys.modules['__main__'].__doc__ or ''}\n{flags.FLAGS.main_module_help()}")
         raise SystemExit(0)
@@ -134,7 +137,7 @@ def _parse(argv: list[str]) -> list[str]:
         raise InputError(_unknown_flag(error.flagname)) from None
     except Exception as error:
         raise _explained(error, file) or error
-    if len(rest) > 1:
+    if len(rest) > 1 and not arguments:
         raise InputError(f'"{rest[1]}" is not a flag; flags begin with -- and take their value after =')
     if file and not isinstance(flags.FLAGS.config, Mapping | config_dict.ConfigDict):
         # Where the config file itself meets an OSError, ml_collections keeps it for later.

@@ -31,7 +31,7 @@ DEFINITIONS = {
         f"mean of ||f(x+d) - f(x) - J d|| / ||f(x+d)||: the share of its own logits that the gradient at x misses, {_UNIFORM}"),
     "central_remainder": (
         "mean of ||f(x+d) - f(x-d) - 2 J d|| / ||f(x+d) - f(x-d)||: the share of the difference that IGDM matches which is not "
-        f"the gradient's, {_UNIFORM}"),
+        "the gradient's, d the perturbation by pgd20 and x-d not clipped to the pixel bounds"),
     "point_distance_uniform": f"mean of ||softmax f_T(x+d) - softmax f(x+d)||_2, {_UNIFORM}",
     "point_distance_adversarial": "mean of ||softmax f_T(x') - softmax f(x')||_2 at the adversarial images x' of pgd20",
 }
@@ -63,9 +63,9 @@ def around_images(
       seed: of the uniform perturbations, which follow the index of their image.
 
     Returns:
-      "taylor_remainder", "central_remainder", "prediction" (int, of the clean image); with a teacher also "gradient_distance",
-      "gradient_cosine" and "point_distance_uniform"; with adversarial images also "adversarial_prediction", and with both
-      "point_distance_adversarial".
+      "taylor_remainder" and "prediction" (int, of the clean image); with a teacher also "gradient_distance", "gradient_cosine"
+      and "point_distance_uniform"; with adversarial images also "central_remainder" and "adversarial_prediction", and with
+      both "point_distance_adversarial".
     """
     with processes.together():
         mesh = shares.local_mesh(mesh)
@@ -141,14 +141,14 @@ def _measure(
     deltas = threat.random_start(keys, images, project=False) - images
     found = {
         "taylor_remainder": alignment.taylor_remainder(logits_fn, images, deltas),
-        "central_remainder": alignment.central_remainder(logits_fn, images, deltas),
         "prediction": jnp.argmax(logits_fn(images), axis=-1)}
     if teacher_fn is not None:
         distance, cosine = compare_gradients(logits_fn, teacher_fn, images, labels)
         found |= {"gradient_distance": distance, "gradient_cosine": cosine,
                   "point_distance_uniform": alignment.point_distance(teacher_fn, logits_fn, images + deltas)}
     if adversarial is not None:
-        found["adversarial_prediction"] = jnp.argmax(logits_fn(adversarial), axis=-1)
+        found |= {"central_remainder": alignment.central_remainder(logits_fn, images, adversarial - images),
+                  "adversarial_prediction": jnp.argmax(logits_fn(adversarial), axis=-1)}
     if teacher_fn is not None and adversarial is not None:
         found["point_distance_adversarial"] = alignment.point_distance(teacher_fn, logits_fn, adversarial)
     return found

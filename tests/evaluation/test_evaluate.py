@@ -133,7 +133,7 @@ def test_a_student_that_is_its_teacher_is_aligned_with_it(evaluated, tiny_teache
 def test_without_a_teacher_there_is_the_network_alone_and_without_pgd_a_gallery_all_the_same(tiny_teacher, tmp_path):
     shutil.copytree(tiny_teacher, tmp_path / "run")
     record = evaluate(tmp_path / "run", ["clean"], split="validation", step=100)
-    assert record["alignment"].keys() == {"taylor_remainder", "central_remainder", "definitions"}
+    assert record["alignment"].keys() == {"taylor_remainder", "definitions"}
     assert record["classes"].keys() == {"examples", "accuracy"}
     assert (record["run"]["step"], record["run"]["checkpoint"]) == (100, "100")
     assert (record["data"]["split"], record["data"]["examples"]) == ("validation", 40)

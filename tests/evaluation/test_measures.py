@@ -35,7 +35,8 @@ def forward(variables, images, train):
 
 MODEL = Model("smooth", CLASSES, SHAPE, init=lambda key: {}, apply=forward, specification={})
 STUDENT, TEACHER = ({"params": GENERATOR.normal(size=(9, CLASSES)).astype(np.float32), "batch_stats": {}} for _ in range(2))
-LOGITS_FN, TEACHER_FN = (lambda images, weights=variables: forward(weights, images, False)[0] for variables in (STUDENT, TEACHER))
+LOGITS_FN, TEACHER_FN = (
+    lambda images, weights=variables: forward(weights, images, False)[0] for variables in (STUDENT, TEACHER))
 MODELS = {"teacher": (MODEL, TEACHER), "adversarial": ADVERSARIAL}
 
 
@@ -57,7 +58,7 @@ def test_what_is_measured_are_the_functions_of_alignment(whole):
     gradients = [alignment.input_gradients(network, IMAGES, LABELS) for network in (LOGITS_FN, TEACHER_FN)]
     expected = {
         "taylor_remainder": alignment.taylor_remainder(LOGITS_FN, IMAGES, deltas),
-        "central_remainder": alignment.central_remainder(LOGITS_FN, IMAGES, deltas),
+        "central_remainder": alignment.central_remainder(LOGITS_FN, IMAGES, ADVERSARIAL - IMAGES),
         "gradient_distance": alignment.gradient_distance(*gradients),
         "gradient_cosine": alignment.gradient_cosine(*gradients),
         "point_distance_uniform": alignment.point_distance(TEACHER_FN, LOGITS_FN, IMAGES + deltas),
@@ -87,13 +88,13 @@ def test_every_process_returns_what_one_measures(whole, count, monkeypatch):
 
 def test_without_a_teacher_and_images_there_is_the_network_itself(whole):
     alone = measured()
-    assert alone.keys() == {"taylor_remainder", "central_remainder", "prediction"}
+    assert alone.keys() == {"taylor_remainder", "prediction"}
     np.testing.assert_allclose(alone["taylor_remainder"], whole["taylor_remainder"], rtol=1e-4)
     other = measured(seed=1)["taylor_remainder"]
     assert not np.allclose(other, alone["taylor_remainder"], rtol=0.01)
     own = measures.alignment_record(alone, {}, None)
-    assert own.keys() == {"taylor_remainder", "central_remainder", "definitions"}
-    assert measured(adversarial=ADVERSARIAL).keys() - alone.keys() == {"adversarial_prediction"}
+    assert own.keys() == {"taylor_remainder", "definitions"}
+    assert measured(adversarial=ADVERSARIAL).keys() - alone.keys() == {"central_remainder", "adversarial_prediction"}
 
 
 def test_the_record_has_means_and_what_they_are(whole):
@@ -129,7 +130,8 @@ def test_class_by_class(whole):
     assert found["examples"] == np.bincount(LABELS, minlength=CLASSES).tolist() and found["examples"][-1] == 0
     for name, values in (("clean", results["clean"].robust), ("pgd20", results["pgd20"].robust)):
         means = found["accuracy"][name]
-        assert means[-1] is None and means[:-1] == pytest.approx([values[LABELS == label].mean() for label in range(CLASSES - 1)])
+        expected = [values[LABELS == label].mean() for label in range(CLASSES - 1)]
+        assert means[-1] is None and means[:-1] == pytest.approx(expected)
     assert found["gradient_cosine"][0] == pytest.approx(whole["gradient_cosine"][LABELS == 0].mean(), rel=1e-5)
     moved = np.array(found["confusion"]["true_to_adversarial"])
     assert moved.sum(axis=1).tolist() == found["examples"] and np.trace(moved) == results["pgd20"].robust.sum()

@@ -9,6 +9,7 @@ import pytest
 
 from jaxrd import models
 from jaxrd.evaluation import alignment
+from jaxrd.evaluation.alignment import jacobians
 from tests.evaluation.alignment.networks import (
     BATCH, CLASSES, DELTAS, IMAGES, SHAPE, WEIGHTS, quadratic, quadratic_jacobian, smooth)
 from tests.support import assert_input_error
@@ -28,8 +29,10 @@ def wide(images):
     return jnp.concatenate([logits, logits**2, jnp.sin(3 * logits), jnp.exp(logits)], axis=1)
 
 
+@pytest.mark.parametrize("unroll", [True, 1])  # on CPU, and elsewhere
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_the_jacobian_of_a_quadratic_network(chunk):
+def test_the_jacobian_of_a_quadratic_network(chunk, unroll, monkeypatch):
+    monkeypatch.setattr(jacobians, "loop_unroll", lambda: unroll)
     got = alignment.jacobian(quadratic, jnp.asarray(IMAGES), chunk=chunk)
     np.testing.assert_allclose(got, quadratic_jacobian(IMAGES), rtol=1e-12)
 
