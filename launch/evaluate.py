@@ -1,8 +1,8 @@
 """Evaluates runs under attack: `python -m launch.evaluate --workdir=runs/a[,runs/b,...] --attacks=clean,pgd20,autoattack`.
 
 Writes evaluation.json, evaluation/ and report.html into every run directory; with --report also one report that compares them.
-Runs that differ only in their seed share a row of the table, as mean and standard deviation. In tables/ beside a report lies each
-of its tables as Markdown, LaTeX (booktabs) and CSV.
+Runs that differ only in their seed share a row of the table, as mean and standard deviation. In tables/ beside a report lies
+each of its tables as Markdown, LaTeX (booktabs) and CSV.
 
 With --data=cifar10_1,'cifar10_corrupted/*' the attacks run on other test images with the same classes instead, and what earlier
 calls measured stays. A call that was killed goes on where it stopped.
@@ -35,8 +35,9 @@ _DATA = flags.DEFINE_list(
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS data sets lie; by default where the run's configuration says.")
 _EXAMPLES = flags.DEFINE_integer(
     "examples", None, "With --data: only the first so many images of each, for a quick look.", lower_bound=1)
-_REPORT = flags.DEFINE_string("report", None, "Where to write the report that compares the runs, such as runs/report.html; its plots go to "
-                              "evaluation/ and its tables to tables/ beside it.")
+_REPORT = flags.DEFINE_string(
+    "report", None, "Where to write the report that compares the runs, such as runs/report.html; its plots go to evaluation/ "
+    "and its tables to tables/ beside it.")
 start.define_flags()
 
 

@@ -2,7 +2,7 @@
 
     python -m launch.sweep --sweep=configs/ablations/alpha.toml --workdir=runs/alpha
     python -m launch.sweep --sweep=configs/ablations/alpha.toml --workdir=runs/alpha100 --config=configs/cifar100.py:ard+igdm
-    python -m launch.sweep --config=configs/digits.py:rslad --grid='{"method.igdm": [0, 1, 10]}' --seeds=0,1 --workdir=runs/sweep
+    python -m launch.sweep --config=configs/digits.py:rslad --grid='{"method.igdm": [0, 1, 10]}' --seeds=0,1 --workdir=runs/b
 
 Every run is an ordinary run directory, WORKDIR/POINT-seedN; results.csv has a row for each, summary.csv and report.html compare
 the points, with differences from the baseline paired by seed. The same command again runs only what is missing: it goes on with
@@ -19,7 +19,8 @@ from launch import command
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file (TOML), such as configs/ablations/alpha.toml.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep; goes on where it holds one.")
-_GRID = flags.DEFINE_string("grid", None, 'Field -> values, as JSON: \'{"method.igdm": [0, 1, 10]}\'; every combination is a point.')
+_GRID = flags.DEFINE_string("grid", None, "Field -> values, as JSON; every combination is a point, such as those of "
+                            '\'{"method.igdm": [0, 1, 10]}\'.')
 _SEEDS = flags.DEFINE_list("seeds", None, "Seeds of every point, comma-separated.")
 _ATTACKS = flags.DEFINE_string("attacks", None, "Attacks of the evaluation, comma-separated, as launch.evaluate's. By default "
                                "what the sweep file says, else clean,pgd20,autoattack.")
@@ -42,8 +43,8 @@ def main() -> None:
     elif config:
         description = descriptions.Description(config=config)
     else:
-        raise InputError("--sweep and --config are missing; give a sweep file, such as --sweep=configs/ablations/alpha.toml, or "
-                         "--config=configs/digits.py:ard+igdm with a --grid")
+        raise InputError("--sweep and --config are missing; give a sweep file, such as --sweep=configs/ablations/alpha.toml, "
+                         "or --config=configs/digits.py:ard+igdm with a --grid")
     given = {
         "grid": _GRID.value is not None and descriptions.parse_grid(_GRID.value),
         "seeds": _SEEDS.value is not None and descriptions.parse_seeds(_SEEDS.value),
@@ -62,7 +63,9 @@ def main() -> None:
     table = sweep.carry_out(
         description, _WORKDIR.value, backend=_BACKEND.value, processes=_PROCESSES.value, slurm=_slurm(),
         collect_only=_COLLECT.value, say=functools.partial(print, flush=True))
-    print(f"\n{table}\n\nreport: {table.plan.workdir / 'report.html'}", flush=True)
+    print(f"\n{table}", flush=True)
+    if any(row["status"] == "finished" for row in table.rows):
+        print(f"\nreport: {table.plan.workdir / 'report.html'}", flush=True)
     if table.failed:
         first = table.failed[0]
         raise InputError(f"{len(table.failed)} of {len(table.rows)} runs failed; {first['run']}: {first['error']}")

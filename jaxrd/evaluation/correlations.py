@@ -44,8 +44,8 @@ def section(groups: Sequence[dict], members: Sequence[Sequence[Run]], lines: Seq
             wide, narrow = (plots.correlations(panels, y_label, lines, narrow=narrow) for narrow in (False, True))
             name = f"correlation{place or ''}.png"
             html += page.figure(folder / name, wide, narrow, f"{y_label}, against alignment with the teacher", (
-                "One point per run; the line is that of least squares, r is Pearson’s correlation. It is of these runs and says "
-                "nothing of causes.")) + _table(panels, attack)
+                "One point per run; the line is that of least squares, r is Pearson’s correlation. It is of these runs and "
+                "says nothing of causes.")) + _table(panels, attack)
     return page.section("Alignment and robustness", html)
 
 

@@ -27,8 +27,9 @@ class Table(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its files: "AutoAttack, stage by stage" as "autoattack_stage_by_stage"; of a part of a section, both their names."""
-        return re.sub(r"[^a-z0-9]+", "_", " ".join(dict.fromkeys(self.title[:1] + self.title[-1:])).lower()).strip("_") or "table"
+        """Of its files: "AutoAttack, stage by stage" as "autoattack_stage_by_stage"; a part's follows its section's."""
+        title = " ".join(dict.fromkeys(self.title[:1] + self.title[-1:]))
+        return re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_") or "table"
 
 
 def write(html: str, folder: Path) -> list[Path]:

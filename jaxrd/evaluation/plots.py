@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from jaxrd.evaluation import figures
-from jaxrd.evaluation.figures import GRID, INK, PALETTE, SOFT, TEACHER_COLOUR, Line, data_uri, is_number, lines, png, styled, tidy
+from jaxrd.evaluation.figures import (
+    GRID, INK, PALETTE, SOFT, TEACHER_COLOUR, Line, data_uri, is_number, lines, png, styled, tidy)
 from jaxrd.evaluation.names import attack_name, epsilon_text, norm_name
 
 __all__ = [

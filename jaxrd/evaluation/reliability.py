@@ -128,13 +128,13 @@ def pairs(groups: Sequence[dict], members: Sequence[Sequence[Run]], places: Sequ
             mine, its = (_values(result, key) for result in results)
             if shared := sorted(mine.keys() & its.keys()):
                 values[key] = [mine[seed] - its[seed] for seed in shared]
-        spreads = [{key: (found["mean"], found["sd"]) for key, found in groups[place]["values"].items()} for place in (one, other)]
-        both = [key for key in spreads[0] if key in spreads[1]]
+        first, second = groups[one]["values"], groups[other]["values"]
+        both = [key for key in first if key in second]
         compared.append(Pair(
             f"{groups[one]['label']} − {groups[other]['label']}", values,
-            {key: spreads[0][key][0] - spreads[1][key][0] for key in both},
-            {key: math.hypot(spreads[0][key][1], spreads[1][key][1]) for key in both
-             if spreads[0][key][1] is not None and spreads[1][key][1] is not None}))
+            {key: first[key]["mean"] - second[key]["mean"] for key in both},
+            {key: math.hypot(first[key]["sd"], second[key]["sd"]) for key in both
+             if first[key]["sd"] is not None and second[key]["sd"] is not None}))
     return compared
 
 
@@ -180,16 +180,17 @@ def _pair_table(key, compared):
             continue
         higher = sum(value > 0 for value in found)
         body.append([
-            escape(pair.label), str(len(found)), page.number(_difference(key, statistics.fmean(found), statistics.stdev(found))),
+            escape(pair.label), str(len(found)),
+            page.number(_difference(key, statistics.fmean(found), statistics.stdev(found))),
             _difference(key, min(found)), _difference(key, max(found)), f"{higher} of {len(found)}",
             page.number(_difference(key, pair.means[key], pair.spreads.get(key)))])
     if not body:
         return ""
     header = ["difference", "pairs", "paired", "min", "max", "higher", "unpaired"]
     note = (
-        f"{_heading(key)}, percentage points. Paired: mean ± standard deviation of the differences between runs of the same seed; "
-        "higher: in how many of them the first is higher. Unpaired: the difference of the two means ± the standard deviation that "
-        "the difference of two runs has if seeds have nothing to do with each other.")
+        f"{_heading(key)}, percentage points. Paired: mean ± standard deviation of the differences between runs of the same "
+        "seed; higher: in how many of them the first is higher. Unpaired: the difference of the two means ± the standard "
+        "deviation that the difference of two runs has if seeds have nothing to do with each other.")
     return f'<h3>Differences paired by seed</h3>{page.html_table(header, body, 1)}<p class="note">{escape(note)}</p>'
 
 

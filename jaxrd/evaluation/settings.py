@@ -68,7 +68,8 @@ def _environment(runs):
         body = [[f'<span class="wrap">{escape(", ".join(names[run.workdir] for run in members))}</span>', *map(escape, cells)]
                 for members, cells in zip(named.values(), shown)]
         html = page.html_table(["runs", *(escape(_word(key)) for key in differing)], body, len(differing) + 1)
-    facts = "".join(f"<dt>{escape(_word(key))}</dt><dd>{escape(value)}</dd>" for key, value in common.items() if value != "null")
+    facts = "".join(f"<dt>{escape(_word(key))}</dt><dd>{escape(value)}</dd>" for key, value in common.items()
+                    if value != "null")
     without = [str(run.workdir) for run in runs if not run.environment]
     note = f'<p class="note">Not known: {escape(", ".join(without))}.</p>' if without else ""
     return f'<details><summary>Environment</summary>{html}<dl class="facts">{facts}</dl>{note}</details>'

@@ -79,7 +79,7 @@ footer { margin-top: 44px; color: var(--soft); font-size: 0.8125rem; }
   main { max-width: none; padding: 0; }
   h1 { font-size: 19pt; } h2 { margin-top: 24pt; }
   h2, h3, summary, dt, thead { break-after: avoid; }
-  figure, thead, tr, .flags, p.note { break-inside: avoid; }
+  figure, thead, tr, dd, .flags, p.note { break-inside: avoid; }
   p.note, figcaption { break-before: avoid; }
   /* Paper does not scroll, open or take clicks: tables wrap and shrink, what is folded is open, controls are plain. */
   .scroll { overflow: visible; border: 0; border-radius: 0; }

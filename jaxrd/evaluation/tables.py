@@ -15,10 +15,12 @@ MARK, CHOSEN_MARK = "†", "‡"  # of a doubtful accuracy; of a row whose check
 # What the two formats take for their own.
 MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|", "*": "\\*"})
 _LATEX = str.maketrans({
-    **{character: f"\\{character}" for character in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "]": "{]}", "*": "{*}",
-    "±": r"$\pm$", "−": "$-$", "∞": r"$\infty$", "ε": r"$\varepsilon$", "×": r"$\times$", "α": r"$\alpha$", "λ": r"$\lambda$",
-    MARK: r"$^\dagger$", CHOSEN_MARK: r"$^\ddagger$"})
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "[": "{[}", "]": "{]}", "*": "{*}",  # at the beginning of a row they would be read with the \\ before it
+    "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "∞": r"$\infty$",
+    "ε": r"$\varepsilon$", "α": r"$\alpha$", "λ": r"$\lambda$", MARK: r"$^\dagger$", CHOSEN_MARK: r"$^\ddagger$"})
 CHOSEN_NOTE = f"{CHOSEN_MARK} The checkpoint was chosen on these very images, so its accuracy is optimistic."
 
 

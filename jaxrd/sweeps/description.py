@@ -10,7 +10,8 @@ A sweep file:
     baseline = "method.igdm=0"               # name of the point that others are compared with, seed by seed
     [set]                                    # fields of all points
     "training.steps" = 500
-    [grid]                                   # every combination of the values of fields
+    [grid]                                   # every combination of the values of fields; method.name is but the name there,
+                                             # without the options and the teacher that an argument brings (see points)
     "method.igdm" = [0, 1, 10]
     [[points]]                               # or points one by one; where there is a grid too, each is crossed with it
     name = "constant"                        # by default "method.igdm_ramp=constant"

@@ -226,8 +226,8 @@ def slurm(plan: Plan, jobs: Sequence[list[Run]], progress: Progress, parameters:
         submitted = executor.map_array(Task(plan.workdir), [[run.directory for run in job] for job in jobs])
     except Exception as error:
         raise InputError(f"--slurm={json.dumps(dict(parameters))}: the jobs cannot be submitted ({one_line(error)})") from None
-    say(f"submitted {len(jobs)} jobs from {submitted[0].job_id} on; what they say is in {plan.workdir / 'slurm'}; Ctrl-C leaves "
-        "them running, and --collect reads later what they came to")
+    say(f"submitted {len(jobs)} jobs from {submitted[0].job_id} on; what they say is in {plan.workdir / 'slurm'}; Ctrl-C "
+        "leaves them running, and --collect reads later what they came to")
     left = dict(zip(submitted, jobs))
     gone: dict[Any, float] = {}
     queued, asked = None, -math.inf
@@ -285,9 +285,13 @@ def _submitit():
 
 
 def _queued() -> set[str] | None:
-    """Returns the jobs that wait or run, or None where SLURM does not say; submitit itself asks its accounting, if there is one."""
+    """Returns the jobs that wait or run, or None where SLURM does not say.
+
+    Submitit itself asks SLURM's accounting, which not every cluster has.
+    """
     try:
-        listed = subprocess.run(["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True, timeout=60, check=True)
+        listed = subprocess.run(
+            ["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return set(listed.stdout.split())

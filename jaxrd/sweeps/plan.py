@@ -1,13 +1,10 @@
 """The plan of a sweep: its points, and one run of each for every seed, all checked before anything runs."""
 
-import contextlib
 import dataclasses
 import difflib
-import hashlib
 import itertools
 import json
 import pathlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,13 +13,12 @@ from jaxrd import config as configs
 from jaxrd.config import Config
 from jaxrd.errors import InputError, suggest
 from jaxrd.files import replacing
-from jaxrd.sweeps import config_files
+from jaxrd.sweeps import config_files, parts
 from jaxrd.sweeps.description import Description
 
 FILE = "sweep.json"
 _POINT_KEYS = ("name", "config", "argument", "checkpoint")
 _TEACHER_KEYS = ("config", "argument")
-_LONGEST_VALUE, _LONGEST_NAME = 40, 100  # characters
 # Of the fields that all points share, a teacher takes those that say which images there are.
 _OF_TEACHERS_TOO = ("data.name", "data.arrays", "data.directory")
 
@@ -153,23 +149,23 @@ def build(description: Description, workdir: str | pathlib.Path) -> Plan:
 
     where, workdir = description.where, pathlib.Path(workdir)
     for part in ("title", "about"):
-        _need(isinstance(getattr(description, part), str), where(part), getattr(description, part), "a text")
+        parts.need(isinstance(getattr(description, part), str), where(part), getattr(description, part), "a text")
     if description.config is None:
         raise InputError("config is missing; give a config file, such as configs/digits.py:ard+igdm")
-    seeds = _seeds(description.seeds, where("seeds"))
+    seeds = parts.seeds(description.seeds, where("seeds"))
     attacks = description.attacks
-    _need(isinstance(attacks, str) or _is_list(attacks) and all(isinstance(name, str) for name in attacks), where("attacks"),
-          attacks, 'names, such as "clean,pgd20"')
-    with _prefix(where("attacks"), instead_of="attacks: "):
+    named = isinstance(attacks, str) or parts.is_list(attacks) and all(isinstance(name, str) for name in attacks)
+    parts.need(named, where("attacks"), attacks, 'names, such as "clean,pgd20"')
+    with parts.saying_where(where("attacks"), instead_of="attacks: "):
         attacks = tuple(robustness.protocols(attacks if isinstance(attacks, str) else list(attacks)))
-    shared = _fields(description.set, where("set"))
+    shared = parts.fields(description.set, where("set"))
     teachers = _teachers(description, shared)
     points, settings = [], []
     for name, fields, options, origin in _points(description):
-        with _prefix(f'{origin}: point "{name}"' if name else origin):
+        with parts.saying_where(f'{origin}: point "{name}"' if name else origin):
             values = config_files.load(options.get("config", description.config), options.get("argument"))
             for field, value in {**shared, **fields}.items():
-                _set(values, field, value)
+                parts.set_field(values, field, value)
             config = Config.from_dict(values | {"seed": seeds[0]})
             teacher = _teacher_of(config, teachers)
             if teacher:
@@ -179,7 +175,7 @@ def build(description: Description, workdir: str | pathlib.Path) -> Plan:
         settings.append((config.to_dict(), checkpoint, teacher.point if teacher else ""))
     _check_names(points, where)
     runs = []
-    for point, slug, (values, checkpoint, teacher) in zip(points, _slugs([point.name for point in points]), settings):
+    for point, slug, (values, checkpoint, teacher) in zip(points, parts.slugs([point.name for point in points]), settings):
         runs += [Run(point.name, seed, f"{slug}-seed{seed}", checkpoint, values | {"seed": seed}, teacher) for seed in seeds]
     baseline = description.baseline
     if baseline is not None and baseline not in [point.name for point in points]:
@@ -192,13 +188,14 @@ def build(description: Description, workdir: str | pathlib.Path) -> Plan:
 def _points(description: Description) -> Iterator[tuple[str, dict, dict, str]]:
     """Yields (name, fields, options, where it stands) of every point."""
     where = description.where
-    _need(_is_list(description.points) and all(isinstance(point, Mapping) for point in description.points), where("points"),
-          description.points, "a list of points, each with fields")
-    grid = _fields(description.grid, where("grid"))
+    listed = parts.is_list(description.points) and all(isinstance(point, Mapping) for point in description.points)
+    parts.need(listed, where("points"), description.points, "a list of points, each with fields")
+    grid = parts.fields(description.grid, where("grid"))
     for field, values in grid.items():
-        if not _is_list(values) or not len(values):
-            raise InputError(f"{where('grid')}: {field} is {values!r}; it must be a list of one value or more, such as [0, 1, 10]")
-        texts = [_text(value) for value in values]
+        if not parts.is_list(values) or not len(values):
+            raise InputError(f"{where('grid')}: {field} is {values!r}; it must be a list of one value or more, such as "
+                             "[0, 1, 10]")
+        texts = [parts.text(value) for value in values]
         if repeated := [text for text, count in Counter(texts).items() if count > 1]:
             raise InputError(f"{where('grid')}: {field} lists {repeated[0]} twice; name each value once")
     for point in description.points or [{}]:
@@ -209,41 +206,42 @@ def _points(description: Description) -> Iterator[tuple[str, dict, dict, str]]:
                 raise InputError(f'{where("points")}: "{name}" is neither a field nor a part of a point; did you mean '
                                  f'"{close[0]}"?')
         for name in ("name", "argument"):
-            _need(isinstance(options.get(name, ""), str), f"{where('points')}: {name}", options.get(name), "a text")
-        own = _fields(own, where("points"))
+            parts.need(isinstance(options.get(name, ""), str), f"{where('points')}: {name}", options.get(name), "a text")
+        own = parts.fields(own, where("points"))
         if both := [field for field in own if field in grid]:
             raise InputError(f"{where('points')}: {both[0]} stands in the grid as well; leave it out of one of them")
         for combination in itertools.product(*grid.values()):
             chosen = dict(zip(grid, combination))
-            parts = [options["name"]] if options.get("name") else _own_name(description, own, options)
-            name = " ".join(parts + [f"{field}={_text(value)}" for field, value in chosen.items()])
+            words = [options["name"]] if options.get("name") else _own_name(own, options)
+            name = " ".join(words + [f"{field}={parts.text(value)}" for field, value in chosen.items()])
             yield name, own | chosen, options, where("points" if description.points else "grid" if grid else "config")
 
 
-def _own_name(description: Description, fields: dict, options: dict) -> list[str]:
-    parts = [options["argument"]] if options.get("argument") else []
-    if options.get("config") is not None and isinstance(options["config"], str):
-        parts = [options["config"].partition(":")[2] or pathlib.Path(options["config"]).stem]
-    parts += [f"{field}={_text(value)}" for field, value in fields.items()]
-    return parts + ([f"checkpoint={options['checkpoint']}"] if "checkpoint" in options else [])
+def _own_name(fields: dict, options: dict) -> list[str]:
+    """Returns the words by which a point without a name is called: what is its own."""
+    words = [options["argument"]] if options.get("argument") else []
+    if not words and isinstance(options.get("config"), str):
+        words = [options["config"].partition(":")[2] or pathlib.Path(options["config"]).stem]
+    words += [f"{field}={parts.text(value)}" for field, value in fields.items()]
+    return words + ([f"checkpoint={options['checkpoint']}"] if "checkpoint" in options else [])
 
 
 def _teachers(description: Description, shared: dict) -> dict[str, Run]:
     where, teachers = description.where("teachers"), {}
-    _need(isinstance(description.teachers, Mapping) and all(isinstance(own, Mapping) for own in description.teachers.values()),
-          where, description.teachers, "teachers by name, each with its config and fields")
+    named = isinstance(description.teachers, Mapping) and all(isinstance(own, Mapping) for own in description.teachers.values())
+    parts.need(named, where, description.teachers, "teachers by name, each with its config and fields")
     for name, own in description.teachers.items():
-        with _prefix(f"{where}.{name}"):
+        with parts.saying_where(f"{where}.{name}"):
             options = {key: own[key] for key in _TEACHER_KEYS if key in own}
             if not options:
                 raise InputError('config is missing; give a config file, such as config = "configs/digits.py:teacher"')
             # Its seed is one setting more: there is one teacher for all seeds of its students.
-            fields = _fields({key: value for key, value in own.items() if key not in options}, "fields", seed=True)
+            fields = parts.fields({key: value for key, value in own.items() if key not in options}, "fields", seed=True)
             values = config_files.load(options.get("config", description.config), options.get("argument"))
             for field, value in ({field: shared[field] for field in _OF_TEACHERS_TOO if field in shared} | fields).items():
-                _set(values, field, value)
+                parts.set_field(values, field, value)
             config = Config.from_dict(values)
-        slug, = _slugs([name])
+        slug, = parts.slugs([name])
         teachers[name] = Run(f"@{name}", config.seed, f"teachers/{slug}", "last", config.to_dict())
     return teachers
 
@@ -261,52 +259,9 @@ def _teacher_of(config: Config, teachers: dict[str, Run]) -> Run | None:
     return None
 
 
-def _fields(given: Any, where: str, seed: bool = False) -> dict[str, Any]:
-    """Returns dotted field -> value, of a mapping that may be nested as TOML's unquoted keys are; refuses unknown fields."""
-    _need(isinstance(given, Mapping), where, given, "fields and their values")
-    fields = {}
-    for field, value in _flat(given).items():
-        if wrong := configs.unknown_field(field):
-            raise InputError(f"{where}: {wrong}")
-        if field == "seed" and not seed:
-            raise InputError(f"{where}: seed is not swept as other fields are; list the seeds in seeds = [0, 1, 2] (--seeds=0,1,2)")
-        fields["method.name" if field == "method" else field] = value
-    return fields
-
-
-def _flat(given: Mapping, prefix: str = "") -> dict[str, Any]:
-    fields = {}
-    for name, value in given.items():
-        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return fields
-
-
-def _set(values: dict[str, Any], field: str, value: Any) -> None:
-    *sections, name = field.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):  # method: "ard"
-            inner = values[section] = {"name": inner}
-        values = inner
-    values[name] = value
-
-
-def _seeds(given: Any, where: str) -> list[int]:
-    way_out = "a list of different whole numbers, one or more, such as [0, 1, 2]"
-    _need(_is_list(given), where, given, way_out)
-    seeds = list(given)
-    _need(bool(seeds), where, seeds, way_out)
-    for seed in seeds:
-        _need(isinstance(seed, int) and not isinstance(seed, bool), where, seeds, way_out)
-        _need(0 <= seed < 2**32, where, seeds, "whole numbers in [0, 2**32)")
-    if repeated := [seed for seed, count in Counter(seeds).items() if count > 1]:
-        raise InputError(f"{where} names {repeated[0]} twice; a seed run twice gives the same run")
-    return seeds
-
-
 def _checkpoint(given: Any, config: Config) -> str:
     is_step = isinstance(given, int) and not isinstance(given, bool) and given > 0
-    _need(given in ("last", "best") or is_step, "checkpoint", given, '"last", "best" or the number of a step that is kept')
+    parts.need(given in ("last", "best") or is_step, "checkpoint", given, '"last", "best" or the number of a step that is kept')
     if given == "best" and config.data.selection == "last":
         raise InputError('checkpoint is "best", but config.data.selection is "last", which chooses none; set '
                          'data.selection to "validation"')
@@ -318,44 +273,3 @@ def _check_names(points: list[Point], where) -> None:
     for name, count in Counter(point.name for point in points).items():
         if count > 1:
             raise InputError(f'{part}: {count} points are called "{name}"; give each a name of its own')
-
-
-def _text(value: Any) -> str:
-    """Returns a value as it stands in a point's name: short, on one line."""
-    text = value if isinstance(value, str) else str(value) if isinstance(value, float) else json.dumps(value, default=str)
-    text = "None" if value is None else " ".join(text.split())
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE - 10]}~{_digest(text)}"
-
-
-def _slugs(names: list[str]) -> list[str]:
-    """Returns names fit for directories, each another."""
-    slugs = []
-    for name in names:
-        slug = re.sub(r"[^\w.+=@~-]+", "_", name).strip("_.-")[:_LONGEST_NAME]
-        # Some file systems do not tell "A" from "a".
-        if not slug or slug.lower() in {other.lower() for other in slugs} or len(name) > _LONGEST_NAME:
-            slug = f"{slug}-{_digest(name)}".lstrip("-")
-        slugs.append(slug)
-    return slugs
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-
-
-def _need(ok: bool, where: str, value: Any, rule: str) -> None:
-    if not ok:
-        raise InputError(f"{where} is {value!r}; it must be {rule}")
-
-
-@contextlib.contextmanager
-def _prefix(where: str, instead_of: str = "") -> Iterator[None]:
-    """Begins the message of an InputError with where its cause stands, in place of a beginning that says less."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {str(error).removeprefix(instead_of)}") from None

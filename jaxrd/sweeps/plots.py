@@ -23,7 +23,8 @@ _LOGARITHMIC = 20.0  # from this ratio of the largest to the smallest swept numb
 def against(table: Table, field: str, measure: str, narrow: bool = False) -> Figure:
     """Draws a measure against a swept number: every seed a dot, the mean a line, with a band of one standard deviation.
 
-    Points that differ in other fields too are lines of their own. The axis is logarithmic where the numbers span a factor of 20.
+    Points that differ in other fields too are lines of their own. Where the numbers span a factor of 20 or more, the axis is
+    logarithmic.
 
     Args:
       table: from `sweeps.run` or `sweeps.read`.
@@ -89,7 +90,7 @@ def dots(table: Table, measure: str, narrow: bool = False) -> Figure:
 
 @styled
 def differences(table: Table, measure: str, narrow: bool = False) -> Figure:
-    """Draws the differences from the baseline: every pair of one seed a dot, their mean a bar with its 95 % confidence interval.
+    """Draws the differences from the baseline: each pair of one seed a dot, their mean a bar with its 95 % confidence interval.
 
     Args:
       table: from `sweeps.run` or `sweeps.read`, of a sweep with a baseline.
@@ -112,8 +113,8 @@ def differences(table: Table, measure: str, narrow: bool = False) -> Figure:
     pairs = {name: found for name, found in pairs.items() if found}
     if not pairs:
         raise InputError(f'no seed has both a run of "{table.plan.baseline}" and one of another point in {measure}')
-    name = title_of(table, measure) if not table.is_accuracy(measure) else f"{heading(measure)} accuracy, points"
-    figure = _side_by_side(pairs, f"{name}: difference", narrow, line=0.0, interval=confidence_interval)
+    title = title_of(table, measure).removesuffix(", %") + ", difference" + (" in points" if table.is_accuracy(measure) else "")
+    figure = _side_by_side(pairs, title, narrow, line=0.0, interval=confidence_interval)
     figure.axes[0].set_xlabel(f"minus {_short(table.plan.baseline, narrow)}")
     return figure
 

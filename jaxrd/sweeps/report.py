@@ -18,7 +18,10 @@ _FIGURES = ("gradient_cosine", "taylor_remainder", "seconds_per_step")  # drawn 
 
 
 def write(table: Table) -> Path | None:
-    """Writes report.html into the sweep's directory, with its tables in tables/; returns the page's path, None where no run is finished yet."""
+    """Writes report.html into the sweep's directory, with its tables in tables/; returns its path.
+
+    None, and writes nothing, where no run is finished yet.
+    """
     plan = table.plan
     finished = [plan.workdir / row["run"] for row in table.rows if row["status"] == "finished"]
     if not finished:
@@ -37,8 +40,8 @@ def _about(table: Table) -> str:
     plan = table.plan
     seeds = sorted({row["seed"] for row in table.rows})
     finished = sum(row["status"] == "finished" for row in table.rows)
-    facts = (f"{len(plan.points)} points, seeds {', '.join(map(str, seeds))}: {finished} of {len(table.rows)} runs are finished."
-             + (f" Varied: {', '.join(plan.fields)}." if plan.fields else ""))
+    facts = (f"{len(plan.points)} points, seeds {', '.join(map(str, seeds))}: {finished} of {len(table.rows)} runs are "
+             "finished." + (f" Varied: {', '.join(plan.fields)}." if plan.fields else ""))
     return "".join(f"<p>{escape(text)}</p>" for text in (plan.about, facts) if text)
 
 
@@ -49,7 +52,7 @@ def _means(table: Table) -> str:
         note += " s/step: seconds of one training step, the median of each run's log."
     if "step_memory" in table.measures:
         note += (" step MB: memory of the compiled training step on each device, as XLA has planned it: temporary arrays, "
-                 "arguments and outputs, in 10^6 bytes.")
+                 "arguments and outputs, in millions of bytes.")
     return _html(header, body) + f'<p class="note">{escape(note)}</p>'
 
 
@@ -57,9 +60,9 @@ def _differences(table: Table) -> str:
     header, body = table.differences()
     if not body:
         return ""
-    note = (f"Each run minus the run of {table.plan.baseline} with the same seed, mean ± standard deviation of these differences; "
-            "accuracies in percentage points. The figures show 95 % confidence intervals of the mean (Student's t), for each "
-            "point and measure by itself.")
+    note = (f"Each run minus the run of {table.plan.baseline} with the same seed, mean ± standard deviation of these "
+            "differences; accuracies in percentage points. The figures show 95 % confidence intervals of the mean (Student's t), "
+            "for each point and measure by itself.")
     return _html(header, body) + f'<p class="note">{escape(note)}</p>'
 
 

@@ -1,7 +1,7 @@
 """What a sweep came to: one row per run, and per point the mean, the spread and the paired differences from a baseline.
 
-A difference is paired where the baseline and the point have runs of one seed: what the seed does to both (which images it draws,
-how it initialises) is not in it, so that the differences often spread less than the values.
+A difference is paired: of two runs with the same seed. What the seed does to both (which images it draws, how it initialises)
+is not in it, so that the differences often spread less than the values.
 """
 
 import csv
@@ -38,8 +38,8 @@ class Table:
     Attributes:
       plan: what was run.
       rows: a dict per run, in the order of the points, then of the seeds: "point", every swept field, "method", "seed",
-        "checkpoint", "status" ("finished", "failed" or "unfinished"), "error", "step" (that was evaluated), accuracies by attack
-        (fractions in [0, 1]), alignment measures, "seconds_per_step", "step_memory" (bytes), "training_seconds",
+        "checkpoint", "status" ("finished", "failed" or "unfinished"), "error", "step" (that was evaluated), the accuracy under
+        each attack (in [0, 1]), alignment measures, "seconds_per_step", "step_memory" (bytes), "training_seconds",
         "evaluation_seconds" and "run" (its directory, below the sweep's). None where a run has no such value.
     """
 
@@ -117,7 +117,9 @@ class Table:
                 [[row["point"], str(row["finished"]), *cells] for row, *cells in zip(rows, *columns)])
 
     def differences(self, measures: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
-        """Returns (header, cells) of the table of paired differences, accuracies in percentage points; no rows without a baseline.
+        """Returns (header, cells) of the table of paired differences, accuracies in percentage points.
+
+        There are no rows without a baseline.
 
         Args:
           measures: columns; all by default.
@@ -148,7 +150,7 @@ class Table:
         """The means, and the paired differences below them, as aligned text."""
         header, body = self.means(self.in_text)
         several = any(row["finished"] > 1 for row in self.summarise())
-        notes = ["accuracies in percent; mean ± standard deviation over seeds" if several else "accuracies in percent; one seed"]
+        notes = ["accuracies in percent; " + ("mean ± standard deviation over seeds" if several else "one seed")]
         unfinished = sum(row["status"] == "unfinished" for row in self.rows)
         notes += [f"{len(self.failed)} of {len(self.rows)} runs failed"] * bool(self.failed)
         notes += [f"{unfinished} of {len(self.rows)} runs are not finished"] * bool(unfinished)
@@ -197,9 +199,9 @@ def write(table: Table) -> None:
 
 
 def confidence_interval(values: Sequence[float], confidence: float = _CONFIDENCE) -> tuple[float | None, float | None]:
-    """Returns the limits of the confidence interval of a mean: mean ± t sd / sqrt(n), Student's t with n - 1 degrees of freedom.
+    """Returns the limits of the confidence interval of a mean; (None, None) for fewer than two values.
 
-    (None, None) for fewer than two values.
+    They are mean ± t sd / sqrt(n), where t is Student's with n - 1 degrees of freedom.
     """
     values = list(values)
     if len(values) < 2:
@@ -249,7 +251,7 @@ def _row(plan: Plan, run: Run, fields: dict[str, Any]) -> dict[str, Any]:
     measured = {**(evaluation.get("alignment") or {}), **training}
     seconds = [entry["seconds"] for entry in read_metrics(plan.path(run) / "metrics.jsonl") if is_number(entry.get("seconds"))]
     return {
-        "point": run.point, **{field: fields.get(field, settings[field]) for field in plan.fields},
+        "point": run.point, **{field: _as_given(fields.get(field, settings[field]), settings[field]) for field in plan.fields},
         "method": (evaluation.get("run") or {}).get("method", settings["method.name"]), "seed": run.seed,
         "checkpoint": run.checkpoint, "status": "finished" if done else "failed" if error else "unfinished", "error": error,
         "step": (evaluation.get("run") or {}).get("step"),
@@ -257,6 +259,11 @@ def _row(plan: Plan, run: Run, fields: dict[str, Any]) -> dict[str, Any]:
         **{name: measured.get(name) for name in names.MEASURES}, STEP_MEMORY: training.get(STEP_MEMORY),
         "training_seconds": max(seconds) if done and seconds else None,
         "evaluation_seconds": round(sum(evaluation["seconds"].values()), 3) if done else None, "run": run.directory}
+
+
+def _as_given(given: Any, meant: Any) -> Any:
+    """Returns a swept value as it was given ("@weak", 10), but the number that a text stands for ("8/255")."""
+    return meant if isinstance(given, str) and is_number(meant) else given
 
 
 def _by_seed(rows: Iterable[dict], measure: str) -> dict[int, float]:

@@ -41,8 +41,8 @@ def run(
       teachers: name -> dict with "config", "argument" and fields; trained first, and called "@NAME" in the field "teacher".
         One that is called like a teacher which does not exist yet ("teacher" for "runs/teacher") takes its place.
       title, about: heading and introduction of the report.
-      backend: "inline" (in this process), "processes" (so many at once, each with its own share of the GPUs) or "slurm". Methods
-        that were registered in a notebook are known inline only.
+      backend: "inline" (in this process), "processes" (so many at once, each with its own share of the GPUs) or "slurm".
+        Methods that were registered in a notebook are known inline only.
       processes: how many.
       slurm: for submitit, see `execution.slurm`: {"slurm_partition": "gpu", "gpus_per_node": 1}.
       report: whether to write report.html and tables/, besides results.csv and summary.csv.
@@ -52,9 +52,9 @@ def run(
       The table, which `read(workdir)` gives again later.
 
     Raises:
-      InputError: for the first thing that is wrong, before anything runs: an unknown field, a value out of range, an empty list,
-        a baseline that is no point, a directory that holds runs of another configuration, a teacher that does not exist, or
-        another sweep at work in the directory.
+      InputError: for the first thing that is wrong, before anything runs: an unknown field, a value out of range, an empty
+        list, a baseline that is no point, a directory that holds runs of another configuration, a teacher that does not exist,
+        or another sweep at work in the directory.
       KeyboardInterrupt, SystemExit: a signal came; what was trained is saved.
 
     Example:
@@ -79,6 +79,9 @@ def carry_out(
         raise InputError('--slurm is given, but the backend is another; give --backend=slurm with it, or leave it out')
     plan = plans.build(description, workdir)
     _check(plan)
+    if collect_only and not any(runs.is_finished(plan, run) for run in plan.runs):
+        raise InputError(f"{plan.workdir}: none of the {len(plan.runs)} runs of this sweep is finished yet; give the command "
+                         "without --collect, or wait for its jobs")
     if backend == "slurm" and not collect_only:
         execution.slurm_executor(plan.workdir, slurm or {})  # which may not be installed
 
@@ -94,9 +97,9 @@ def carry_out(
         table = results.collect(plan)
         results.write(table)
         if report:
-            from jaxrd.sweeps import report as reports
+            from jaxrd.sweeps import report as page
 
-            reports.write(table)
+            page.write(table)
     return table
 
 

@@ -1,6 +1,6 @@
 """A process of a sweep's pool, `python -m jaxrd.sweeps.worker WORKDIR`: runs what it is told to, a directory per line.
 
-It reads JSON lines (run directories, as sweep.json has them) and answers each with a line: why the run could not be tried, or "".
+It reads JSON lines (run directories, as sweep.json has them) and answers each with one: why the run could not be tried, or "".
 """
 
 import ctypes

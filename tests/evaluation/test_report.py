@@ -368,8 +368,8 @@ def test_differences_are_paired_by_seed(comparison):
 
 def test_plots_are_left_beside_the_page(comparison):
     files = {file.name: file for file in (comparison.parent / "evaluation").iterdir()}
-    assert set(files) == {"training_curves.png", "robust_accuracy.png", "seeds.png", "correlation.png", "gallery_ard_0.png", "gallery_ard+igdm_0.png",
-                          "gallery_teacher.png"}
+    assert set(files) == {"training_curves.png", "robust_accuracy.png", "seeds.png", "correlation.png",
+                          "gallery_ard_0.png", "gallery_ard+igdm_0.png", "gallery_teacher.png"}
     assert all(file.read_bytes().startswith(PNG_SIGNATURE) for file in files.values())
 
 
@@ -396,7 +396,8 @@ def test_one_run_reports_into_its_own_directory(tmp_path, channels):
 
 def test_a_report_without_results_is_refused_with_the_command_that_makes_them(tmp_path):
     workdirs = [make_run(tmp_path / name) for name in "ab"]
-    with pytest.raises(InputError, match=f"no results; run python -m launch.evaluate --workdir={workdirs[0]},{workdirs[1]} first"):
+    command = f"python -m launch.evaluate --workdir={workdirs[0]},{workdirs[1]}"
+    with pytest.raises(InputError, match=f"no results; run {command} first"):
         report.write(workdirs, tmp_path / "report.html")
     assert not (tmp_path / "evaluation").exists()
     # Beside results it is listed, and so it is where a caller has something else to say.

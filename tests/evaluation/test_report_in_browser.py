@@ -1,4 +1,4 @@
-"""Reports as their readers see them: in Chromium on a phone, a tablet and a desk, light and dark, with and without a script, on paper.
+"""Reports as readers see them in Chromium: on a phone, a tablet, a desk and paper, light and dark, with a script and without.
 
 Skips where Playwright or a Chromium of the system is not installed; nothing is downloaded.
 """
@@ -24,9 +24,12 @@ PAPER = 688  # pixels of CSS between the margins of A4
 
 # Columns in their order: what a reader expects of a press on the heading, "-" and nothing last.
 ORDERED = {
-    "thousands": ["0", "12", "999", "1,234", "10,000", "-"], "accuracies": ["9.5 ± 0.1", "10.2 ± 3.4†", "80.0", "80.1‡", "-", "-"],
-    "differences": ["−12.5", "−0.5 ± 7.0", "+0.0", "+0.4", "+10.0", "-"], "seconds": ["2 s", "10 s", "11 s", "100 s", "200 s", "300 s"],
-    "measures": ["0.0123", "0.5", "1e3", "2.5e+3", "1e5", "-"], "names": ["ard [igdm=2.0]", "ard [igdm=10.0]", "b", "c", "d", "-"],
+    "thousands": ["0", "12", "999", "1,234", "10,000", "-"],
+    "accuracies": ["9.5 ± 0.1", "10.2 ± 3.4†", "80.0", "80.1‡", "-", "-"],
+    "differences": ["−12.5", "−0.5 ± 7.0", "+0.0", "+0.4", "+10.0", "-"],
+    "seconds": ["2 s", "10 s", "11 s", "100 s", "200 s", "300 s"],
+    "measures": ["0.0123", "0.5", "1e3", "2.5e+3", "1e5", "-"],
+    "names": ["ard [igdm=2.0]", "ard [igdm=10.0]", "b", "c", "d", "-"],
     "mixed": ["1", "2", "10", "many", "more", "-"]}
 SHUFFLED = (4, 1, 5, 0, 3, 2)
 
@@ -100,7 +103,8 @@ def opened(browser, path):
 @pytest.mark.parametrize("width, scheme", SCREENS)
 def test_nothing_is_broken_cut_or_fetched(opened, width, scheme):
     tab = opened(width, color_scheme=scheme)
-    images = tab.evaluate("Promise.all([...document.images].map(image => image.decode().then(() => image.naturalWidth, () => 0)))")
+    images = tab.evaluate("Promise.all([...document.images].map("
+                          "image => image.decode().then(() => image.naturalWidth, () => 0)))")
     assert len(images) > 6 and min(images) > 0
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     boxes = tab.evaluate("""[...document.querySelectorAll("table")].map(table => {
@@ -194,7 +198,8 @@ def test_paper_shows_all_of_it(opened):
     cut = tab.evaluate("""[...document.querySelectorAll("td, th, p, pre, dd, li, img")].filter(part => {
         const edges = part.getBoundingClientRect();
         return edges.right > innerWidth + 0.5 || edges.left < -0.5 || !edges.height || part.scrollWidth > part.clientWidth + 1
-            && getComputedStyle(part).display !== "inline"; }).map(part => part.tagName + " " + part.textContent.slice(0, 60))""")
+            && getComputedStyle(part).display !== "inline";
+        }).map(part => part.tagName + " " + part.textContent.slice(0, 60))""")
     assert cut == []
     whole = "selector => [...document.querySelectorAll(selector)].every(part => getComputedStyle(part).breakInside === 'avoid')"
     assert all(tab.evaluate(whole, selector) for selector in ("figure", "tr", ".flags"))

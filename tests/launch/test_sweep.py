@@ -25,7 +25,8 @@ def arguments(tiny_arrays, workdir, *more, rates=(0.05, 0.1), seeds="0,1,2,3,4,5
     return ["--config=configs/digits.py:pgd_at", f"--config.data.arrays={tiny_arrays}", "--config.data.examples=None",
             "--config.student=resnet6_w4", "--config.training.batch_size=16", "--config.attack.steps=1",
             "--config.training.steps=4", "--config.training.checkpoint_every=4", "--attacks=clean,fgsm",
-            f"--grid={json.dumps({RATE: rates})}", f"--seeds={seeds}", f"--baseline={RATE}={rates[0]}", f"--workdir={workdir}", *more]
+            f"--grid={json.dumps({RATE: rates})}", f"--seeds={seeds}", f"--baseline={RATE}={rates[0]}",
+            f"--workdir={workdir}", *more]
 
 
 def command(*given):
@@ -60,7 +61,8 @@ def test_a_sweep_trains_compares_and_reports(whole):
     lines = out.splitlines()
     assert lines[0].startswith("12 runs, one after another")
     assert [line.split(":")[0] for line in lines[1:13]] == [
-        f"[{2 * seed + place + 1:>2}/12] {RATE}={rate}, seed {seed}" for seed in range(6) for place, rate in enumerate((0.05, 0.1))]
+        f"[{2 * seed + place + 1:>2}/12] {RATE}={rate}, seed {seed}"
+        for seed in range(6) for place, rate in enumerate((0.05, 0.1))]
     assert out.count(" ± ") > 8 and f"minus {RATE}=0.05" in out and out.endswith(f"report: {workdir}/report.html\n")
     rows = table(workdir)
     assert len(rows) == 12 and {row["status"] for row in rows} == {"finished"} and {row["step"] for row in rows} == {"4"}
@@ -115,8 +117,9 @@ def test_a_pool_comes_to_the_same_table_and_a_failing_run_stops_nobody(whole, ti
 
 def test_sigterm_saves_the_run_at_hand_and_the_same_command_goes_on(tiny_arrays, tmp_path):
     workdir = tmp_path / "sweep"
-    given = command(*arguments(tiny_arrays, workdir, "--config.training.steps=100000", "--config.training.checkpoint_every=100000",
-                               "--config.training.log_every=10", rates=(0.05,), seeds="0"))
+    given = command(*arguments(tiny_arrays, workdir, "--config.training.steps=100000",
+                               "--config.training.checkpoint_every=100000", "--config.training.log_every=10", rates=(0.05,),
+                               seeds="0"))
     process = subprocess.Popen(given, cwd=ROOT, env=FAST, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = workdir / f"{RATE}=0.05-seed0"
     deadline = time.monotonic() + 120
@@ -193,6 +196,7 @@ MISTAKES = {
     f"{TRADES} --backend=slrum": ['backend is "slrum"', '"slurm"'],
     f"{TRADES} --backend=slurm --slurm=[1]": ["--slurm=[1]"],
     f"{TRADES} --slurm={{": ["--slurm is no JSON"],
+    f"{TRADES} --collect": ["none of the 1 runs of this sweep is finished yet", "without --collect"],
     f"{TRADES} --processes=0": ["--processes=0"],
     f"{TRADES} --config.trainng.steps=3": ["config.trainng", "config.training?"],
     f"{TRADES} --config.training.steps=abc": ["config.training.steps is 'abc'"],
@@ -220,5 +224,6 @@ def test_a_mistake_is_answered_with_one_line_before_anything_runs(mistakes, line
 def test_help_names_every_flag():
     done = subprocess.run(command("--help"), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and pathlib.Path("launch/sweep.py").name not in done.stderr
-    for flag in ("config", "sweep", "grid", "seeds", "attacks", "baseline", "backend", "processes", "slurm", "collect", "workdir"):
+    for flag in ("config", "sweep", "grid", "seeds", "attacks", "baseline", "backend", "processes", "slurm", "collect",
+                 "workdir"):
         assert re.search(rf"^\s+--(\[no\])?{flag}\b", done.stdout, re.M), flag

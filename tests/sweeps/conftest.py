@@ -36,7 +36,8 @@ class Fakes:
         earlier = json.loads(path.read_text()) if path.exists() else {}
         found = {
             "run": {"workdir": str(workdir), "method": config["method"]["name"], "student": config["student"], "parameters": 9,
-                    "step": config["training"]["steps"] if step == "last" else 1, "checkpoint": str(step), "seed": config["seed"]},
+                    "step": config["training"]["steps"] if step == "last" else 1, "checkpoint": str(step),
+                    "seed": config["seed"]},
             "data": {"split": "test", "name": "digits", "examples": 40}, "seed": seed, "attacks": {},
             "threat": {"norm": "linf", "epsilon": 0.2, "bounds": [0.0, 1.0]},
             "accuracy": (earlier or {"accuracy": {}})["accuracy"] | {name: self.accuracy(config, name) for name in attacks},

@@ -48,7 +48,8 @@ def test_points_are_crossed_with_the_grid():
 
 
 def test_nested_tables_are_dotted_fields(tmp_path):
-    (tmp_path / "nested.toml").write_text(f'config = "{TRADES}"\n[set]\ntraining.steps = 3\n[grid.method]\ntrades_beta = [1, 2]\n')
+    (tmp_path / "nested.toml").write_text(
+        f'config = "{TRADES}"\n[set]\ntraining.steps = 3\n[grid.method]\ntrades_beta = [1, 2]\n')
     plan = plans.build(descriptions.read(tmp_path / "nested.toml"), "runs/x")
     assert [(run.config.training.steps, run.config.method.trades_beta) for run in plan.runs] == [(3, 1), (3, 2)]
 
@@ -125,7 +126,8 @@ def test_teachers_are_planned_first_and_once():
 
 def test_a_teacher_that_does_not_exist_is_one_of_the_sweeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = {"config": f"{ROOT}/configs/digits.py:ard", "teachers": {"teacher": {"config": f"{ROOT}/configs/digits.py:teacher"}}}
+    given = {"config": f"{ROOT}/configs/digits.py:ard",
+             "teachers": {"teacher": {"config": f"{ROOT}/configs/digits.py:teacher"}}}
     assert build(**given).runs[0].config.teacher == "runs/x/teachers/teacher"
     (tmp_path / "runs" / "teacher").mkdir(parents=True)
     plan = build(**given)
@@ -154,7 +156,8 @@ def test_another_config_file_takes_its_place_wherever_the_sweep_names_the_old_on
 
 def test_a_field_that_the_sweep_varies_is_not_set_for_all():
     for parts in ({"grid": {BETA: [1]}}, {"points": [{BETA: 1}]}):
-        assert_input_error(lambda: Description(config=TRADES, **parts).with_config(None, {BETA: "2"}), f"--config.{BETA}", "varies")
+        assert_input_error(
+            lambda: Description(config=TRADES, **parts).with_config(None, {BETA: "2"}), f"--config.{BETA}", "varies")
 
 
 # Bad input.
@@ -174,11 +177,12 @@ BAD = {
         ({"training.steps": ["many"]}, 'point "training.steps=many"', "config.training.steps is 'many'"),
     ],
     "seeds": [
-        ([], "seeds is []", "one or more"), ([0, 1, 0], "names 0 twice"), ([0, "1"], "whole numbers"), ([True], "whole numbers"),
-        (3, "seeds is 3", "a list"), ([-1], "[0, 2**32)"), ("0,1", "a list"),
+        ([], "seeds is []", "one or more"), ([0, 1, 0], "names 0 twice"), ([0, "1"], "whole numbers"),
+        ([True], "whole numbers"), (3, "seeds is 3", "a list"), ([-1], "[0, 2**32)"), ("0,1", "a list"),
     ],
     "attacks": [
-        ("clean,pgd21", '"pgd21"', "pgd20"), ("", "none given"), ([], "none given"), (3, "attacks is 3"), ([3], "attacks is [3]")],
+        ("clean,pgd21", '"pgd21"', "pgd20"), ("", "none given"), ([], "none given"), (3, "attacks is 3"),
+        ([3], "attacks is [3]")],
     "baseline": [("alpha=0", 'baseline is "alpha=0", which is no point', '"trades"')],
     "set": [({"trainng.steps": 3}, "config.trainng", "config.training?"), ({"seed": 3}, "seeds = ")],
     "points": [

@@ -133,7 +133,8 @@ def test_a_failed_run_stops_nobody_and_is_tried_again(sweep, fakes, tmp_path, er
     table, lines = sweep(baseline=f"{BETA}=1")
     assert [(row["run"], row["error"]) for row in table.failed] == [(f"{BETA}=6-seed0", says)]
     assert sum(row["status"] == "finished" for row in table.rows) == 3
-    assert [line for line in lines if "failed: " in line] == [line for line in lines if f"{BETA}=6, seed 0: failed: {says}" in line]
+    told, = [line for line in lines if "failed: " in line]
+    assert f"{BETA}=6, seed 0: failed: {says}" in told
     assert "Traceback" in (tmp_path / "sweep" / f"{BETA}=6-seed0" / "log.txt").read_text()
     # It is out of the mean, and its seed out of the pairs.
     one, six = table.summarise()
@@ -176,7 +177,8 @@ def test_what_another_sweep_is_at_work_on_is_refused(sweep, fakes):
 
     fakes.act = act
     sweep()
-    assert len(errors) == 4 and all(f"process {os.getpid()} on" in error and "is at work on this sweep" in error for error in errors)
+    assert len(errors) == 4
+    assert all(f"process {os.getpid()} on" in error and "is at work on this sweep" in error for error in errors)
 
 
 def test_a_run_that_another_process_is_at_work_on_is_passed_over(sweep, fakes, tmp_path):
@@ -240,7 +242,6 @@ def test_the_best_and_the_last_checkpoint_are_of_one_training(sweep, fakes, tmp_
     assert (tmp_path / "sweep" / "best-seed0" / "checkpoints" / "4").is_dir()
     copied = json.loads((tmp_path / "sweep" / "best-seed0" / "config.json").read_text())
     assert copied == json.loads((tmp_path / "sweep" / "last-seed0" / "config.json").read_text())
-    assert not (tmp_path / "sweep" / "best-seed0" / "evaluation.json").samefile(tmp_path / "sweep" / "last-seed0" / "evaluation.json")
     fakes.trained.clear()
     sweep(points=[*points, {"name": "best again", "checkpoint": "best"}], grid={})
     assert not fakes.trained
@@ -275,7 +276,8 @@ def test_a_teacher_that_fails_is_the_reason_of_its_students_alone(sweep, fakes):
 
 def test_a_teacher_that_does_not_exist_is_said_once_and_before_anything_runs(sweep, fakes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_input_error(lambda: sweep(config=f"{DIGITS}:ard"), f'config.teacher of point "{BETA}=1": runs/teacher: no such run directory')
+    assert_input_error(lambda: sweep(config=f"{DIGITS}:ard"),
+                       f'config.teacher of point "{BETA}=1": runs/teacher: no such run directory')
     assert not (tmp_path / "sweep").exists() and not fakes.trained
 
 
@@ -326,7 +328,7 @@ def test_a_signal_has_the_processes_stop_and_save(sweep, tmp_path, monkeypatch):
         sweep(backend="processes", processes=1)
     assert (tmp_path / "sweep" / "saved").read_text() == f"{BETA}=6-seed0"
     assert len((tmp_path / "sweep" / "calls.txt").read_text().splitlines()) == 2
-    assert [row["status"] for row in sweeps.read(tmp_path / "sweep").rows] == ["failed", "unfinished", "unfinished", "unfinished"]
+    assert [row["status"] for row in sweeps.read(tmp_path / "sweep").rows] == ["failed", *["unfinished"] * 3]
 
 
 def test_each_process_has_its_share_of_the_gpus(monkeypatch):
@@ -352,6 +354,38 @@ def test_slurm_without_submitit_or_with_parameters_that_it_does_not_have(sweep, 
     monkeypatch.setitem(__import__("sys").modules, "submitit", None)
     assert_input_error(lambda: sweep(backend="slurm"), "needs submitit", 'pip install "jaxrd[slurm]"')
     assert not fakes.trained and not (tmp_path / "sweep" / "sweep.json").exists()
+
+
+def test_a_job_that_is_preempted_is_submitted_again_with_its_runs():
+    pytest.importorskip("submitit")
+    execution._submitit()
+    task = execution.Task("runs/a")
+    again = task.checkpoint(["b", "c"])
+    assert (again.function, again.args) == (task, (["b", "c"],))
+
+
+def test_fractions_are_numbers_in_the_table(sweep, fakes):
+    table, _ = sweep(grid={"threat.epsilon": ["51/255", "102/255"]}, seeds=[0])
+    assert [row["threat.epsilon"] for row in table.rows] == pytest.approx([0.2, 0.4])
+    assert [row["point"] for row in table.rows] == ["threat.epsilon=51/255", "threat.epsilon=102/255"]
+    assert sweeps.plots.against(table, "threat.epsilon", "clean").axes
+
+
+def test_a_report_opens_with_what_was_asked_and_has_its_tables_as_files(sweep, fakes, tmp_path):
+    def act(config):
+        if (config.method.trades_beta, config.seed) == (6, 1):
+            raise InputError("it <diverged>")
+
+    fakes.act = act
+    sweep(title="The weight of TRADES", about="Look at <clean>.", baseline=f"{BETA}=1", report=True, grid={BETA: [1, 3, 6]})
+    html = (tmp_path / "sweep" / "report.html").read_text()
+    parts = ["<h1>The weight of TRADES</h1>", "Look at &lt;clean&gt;.", "5 of 6 runs are finished", "<h2>Points</h2>",
+             "<h2>Differences from the baseline</h2>", "<h2>Figures</h2>", "it &lt;diverged&gt;", "<h2>Results</h2>"]
+    assert sorted(parts, key=html.index) == parts
+    assert html.count("sweep_") == 0 and {path.name for path in (tmp_path / "sweep" / "evaluation").glob("sweep_*")} >= {
+        "sweep_against_clean.png", "sweep_differences_pgd20.png"}
+    text = (tmp_path / "sweep" / "tables" / "differences_from_the_baseline.md").read_text()
+    assert f"minus {BETA}=1".replace("_", "\\_") in text or f"minus {BETA}=1" in text
 
 
 def test_a_status_that_is_damaged_is_none(tmp_path):

@@ -135,6 +135,15 @@ def test_the_configuration_and_the_environment_are_complete(finished, config):
     assert len(environment["devices"]) == len(jax.devices())
 
 
+def test_the_memory_of_a_step_is_noted(finished):
+    memory = json.loads((finished[0] / "environment.json").read_text())["step_memory"]
+    assert memory["total"] == memory["temporary"] + memory["arguments"] + memory["outputs"] - memory["aliased"]
+    # The state, which is donated, goes in and comes out, and the activations of a batch are there in between.
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(finished[1]))
+    assert memory["arguments"] >= state and 0 < memory["aliased"] <= memory["outputs"]
+    assert memory["temporary"] > 16 * 8 * 8 * 4 * 4  # one map of the narrowest layer
+
+
 def test_the_console_says_how_it_goes(tiny_config, tmp_path, capsys):
     train(tiny_config(), tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
