@@ -73,7 +73,7 @@ def compare(config, names: list[str]) -> None:
     import jax
 
     from jaxrd.config import Config
-    from jaxrd.training import parallel, step as steps
+    from jaxrd.training import loop, parallel, step as steps
 
     mesh, running = parallel.data_mesh(), {}
     for name in names:
@@ -94,10 +94,11 @@ def compare(config, names: list[str]) -> None:
     print(f"{config.student}, batch {config.training.batch_size}, {config.attack.steps} attack steps, "
           f"{mesh.size} {jax.default_backend()} device(s), {os.cpu_count()} cores; medians of {_repeats()}, in turn")
     first = statistics.median(running[names[0]][-1])
-    print(f"  {'method':<20}{'ms per step':>12}{'of ' + names[0]:>14}{'compilation':>14}")
-    for name, (*_, compilation, seconds) in running.items():
-        median = statistics.median(seconds)
-        print(f"  {name:<20}{1e3 * median:>12.2f}{median / first:>13.2f}x{compilation:>12.1f} s")
+    print(f"  {'method':<20}{'ms per step':>12}{'of ' + names[0]:>14}{'memory':>12}{'compilation':>14}")
+    for name, (train_step, *_, compilation, seconds) in running.items():
+        median, memory = statistics.median(seconds), loop.step_memory(train_step)
+        planned = f"{memory['total'] / 2**20:.1f} MiB" if memory else "-"
+        print(f"  {name:<20}{1e3 * median:>12.2f}{median / first:>13.2f}x{planned:>12}{compilation:>12.1f} s")
 
 
 def attacks_on(config, names: list[str]) -> None:
