@@ -267,7 +267,7 @@ def _as_given(given: Any, meant: Any) -> Any:
 
 
 def _by_seed(rows: Iterable[dict], measure: str) -> dict[int, float]:
-    return {row["seed"]: row[measure] for row in rows if row.get(measure) is not None}
+    return {row["seed"]: row[measure] for row in rows if is_number(row.get(measure)) and math.isfinite(row[measure])}
 
 
 def _spread(name: str, values: Iterable[float]) -> dict[str, Any]:

@@ -102,9 +102,18 @@ def test_the_record_has_means_and_what_they_are(whole):
     assert json.loads(json.dumps(found)) == found
     assert found.keys() == {*names.ALIGNMENT, "teacher", "teacher_step", "definition", "definitions"}
     for name in names.ALIGNMENT:
-        assert found[name] == pytest.approx(np.mean(whole[name]), rel=1e-6)
+        average = np.median if found["definitions"][name].startswith("median of") else np.mean
+        assert found[name] == pytest.approx(average(whole[name]), rel=1e-6)
     assert found["definitions"].keys() == set(names.ALIGNMENT) == set(measures.DEFINITIONS)
     assert found["definition"] == alignment.DEFINITION
+
+
+def test_an_image_without_a_difference_is_not_the_record_and_a_measure_without_a_value_is_not_in_it(whole):
+    constant = whole | {"central_remainder": np.append(whole["central_remainder"][1:], np.inf).astype(np.float32),
+                        "taylor_remainder": np.full(N, np.nan, np.float32)}
+    found = measures.alignment_record(constant, {}, None)
+    assert found["central_remainder"] == pytest.approx(np.median(constant["central_remainder"]))
+    assert "taylor_remainder" not in found and "taylor_remainder" not in found["definitions"]
 
 
 def test_what_was_not_measured_again_is_kept_unless_it_was_of_another_teacher(whole):

@@ -45,6 +45,12 @@ def test_means_and_spreads_are_over_the_finished_runs(table):
     assert (one["gradient_cosine_sd"], one["step_memory_mean"]) == (0, 123456789)
 
 
+def test_a_measure_without_a_value_leaves_its_run_out_of_the_mean(table):
+    table.rows[0]["gradient_cosine"] = math.inf
+    one, _ = table.summarise()
+    assert (one["gradient_cosine_mean"], one["gradient_cosine_n"]) == (0.25, 3)
+
+
 def test_differences_are_paired_by_seed_and_free_of_its_luck(table):
     one, two = table.summarise()
     assert (one["clean_difference"], one["clean_difference_sd"], one["clean_difference_n"]) == (0, 0, 4)
