@@ -69,6 +69,16 @@ def test_the_autoattack_example_runs(tiny_teacher, tmp_path, monkeypatch, capsys
     assert (nearest.fooled == (-nearest.loss <= 0.2)).all()
 
 
+def test_the_example_of_instruments_runs(tiny_teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    code, = [example for example in EXAMPLES if "alignment.in_batches" in example]
+    for name in ("runs/teacher", "runs/ard+igdm"):
+        assert name in code
+        code = code.replace(name, str(tiny_teacher))
+    exec(compile(code, "README.md", "exec"), {})
+    assert [float(line) for line in capsys.readouterr().out.split()] == pytest.approx([1, 1], abs=1e-5)  # a network and itself
+
+
 def test_a_method_of_ones_own_takes_a_few_lines_and_trains(tiny_config, tiny_teacher, tmp_path, monkeypatch):
     code, = [example for example in EXAMPLES if "d.register" in example]
     assert len([line for line in code.splitlines() if line.strip()]) < 15
