@@ -39,7 +39,7 @@ def define_base_config() -> None:
     """Defines `--config` and its overrides for a command that reads the file itself, many times over: see `base_config`."""
     flags.DEFINE_string(
         "config", None, f"Config file and its argument, such as {_EXAMPLE.partition('=')[2]}; of a sweep file, in place of its "
-        "own. Fields for all runs follow it: --config.training.steps=50.")
+        "own (without an argument, with the sweep's). Fields for all runs follow it: --config.training.steps=50.")
     _base.update(overrides={})
 
 

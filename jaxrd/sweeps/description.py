@@ -80,7 +80,7 @@ class Description:
         Points and teachers that name the sweep's own config file with arguments of theirs take the other file with them.
 
         Args:
-          config: "FILE[:ARGUMENT]"; None for the sweep's own.
+          config: "FILE[:ARGUMENT]", without ARGUMENT with that of the sweep's own; None for the sweep's own.
           fields: dotted field -> value.
 
         Raises:
@@ -89,6 +89,8 @@ class Description:
         description = self
         if config:
             old, new = file_of(self.config), file_of(config)
+            if old is not None and ":" not in config:
+                config += str(self.config).removeprefix(old)
 
             def moved(own):
                 if not isinstance(own, Mapping) or old is None or file_of(own.get("config")) != old:

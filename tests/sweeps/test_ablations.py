@@ -33,6 +33,14 @@ def test_a_named_ablation_compares_different_points_with_one_of_them(planned):
     assert taught and all(planned.teacher_of(run) for run in taught)
 
 
+def test_a_named_ablation_goes_to_another_configuration_with_its_methods(planned, tmp_path, request):
+    there = description.read(ROOT / "configs" / "ablations" / f"{request.node.callspec.id}.toml")
+    moved = plan.build(there.with_config("configs/cifar100.py", {"training.epochs": "20"}), tmp_path)
+    assert [run.config.method.name for run in moved.runs] == [run.config.method.name for run in planned.runs]
+    assert {(run.config.data.name, run.config.training.epochs) for run in moved.runs} == {("cifar100", 20)}
+    assert {teacher.config.student for teacher in moved.teachers} <= {"wrn34_10", "resnet6_w4"}
+
+
 @pytest.mark.slow
 def test_points_of_a_named_ablation_are_different_programs(planned, tiny_arrays):
     """One that its method does not look at would be one run under two names; and all of them can be trained."""
