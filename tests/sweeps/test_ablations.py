@@ -19,7 +19,9 @@ FILES = sorted((ROOT / "configs" / "ablations").glob("*.toml"))
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
 def planned(request, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)  # as its users stand: files name configurations from there
+    # As a new user stands, with no runs yet: files name configurations from the root of the repository.
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
     return plan.build(description.read(request.param), tmp_path)
 
 
