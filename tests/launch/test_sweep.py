@@ -138,6 +138,7 @@ needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None
 
 
 @needs_submitit
+@pytest.mark.slow
 def test_jobs_of_submitit_come_to_the_same_table(whole, tiny_arrays, tmp_path):
     workdir = tmp_path / "sweep"
     given = arguments(tiny_arrays, workdir, "--backend=slurm", '--slurm={"cluster": "local"}', seeds="0", rates=(0.05, 0.1))
