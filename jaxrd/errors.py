@@ -24,6 +24,12 @@ def need(ok: bool, field: str, value, rule: str) -> None:
         raise InputError(f"{field} is {value}; it must be {rule}")
 
 
+def need_positive(field: str, value) -> None:
+    """Raises InputError for a number that is not above 0; of a traced one there is no value to read."""
+    if isinstance(value, numbers.Real):
+        need(value > 0, field, value, "above 0")
+
+
 def choose(field: str, value: str, known: Collection[str]) -> None:
     """Raises InputError unless the value is among the known ones, with the nearest of them."""
     if value not in known:

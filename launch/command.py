@@ -13,7 +13,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_dict, config_flags
 
-from jaxrd import config as configs
+from jaxrd import config as configs, config_files
 from jaxrd.errors import InputError
 from launch import start
 
@@ -187,9 +187,8 @@ def _check_config(argv: list[str]) -> str:
         raise InputError(f"--config is missing; give a file, such as {_EXAMPLE}")
     path = pathlib.Path(file.split(":", 1)[0])
     if not path.is_file():
-        names = [str(other) for folder in (path.parent, pathlib.Path("configs")) for other in folder.glob("*.py")]
-        close = difflib.get_close_matches(str(path), names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"give one such as {_EXAMPLE}"
+        close = config_files.nearest(path)
+        hint = f"did you mean {close}?" if close else f"give one such as {_EXAMPLE}"
         raise HereError(f"--config={file}: no such file; {hint}")
     return str(path)
 

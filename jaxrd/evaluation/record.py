@@ -144,13 +144,13 @@ def _check_classes(classes, path, way_out):
         lists |= {name: rows} if not isinstance(rows, list) or len(rows) != count else {
             f"{name}[{place}]": row for place, row in enumerate(rows)}
     for name, values in lists.items():
-        if not (isinstance(values, list) and len(values) == count and all(value is None or _finite(value) for value in values)):
+        if not (isinstance(values, list) and len(values) == count and all(value is None or is_finite(value) for value in values)):
             raise InputError(f"{path}: classes.{name} is {short(values)} instead of one number for each class; {way_out}")
 
 
 def _check_numbers(numbers, path, way_out):
     for value in numbers:
-        if not _finite(value):
+        if not is_finite(value):
             raise InputError(f"{path}: {short(value)} stands where a finite number belongs; {way_out}")
 
 
@@ -169,15 +169,16 @@ def _check_cascade(found, name, path, way_out):
         check(isinstance(found.get(part, {}), dict), f".{part}", found.get(part), "an object")
     check(found.get("stages"), ".stages", found.get("stages"), "the accuracy after each stage")
     for stage, value in found["stages"].items():
-        check(_finite(value) and 0 <= value <= 1, f".stages.{stage}", value, "an accuracy in [0, 1]")
+        check(is_finite(value) and 0 <= value <= 1, f".stages.{stage}", value, "an accuracy in [0, 1]")
     for stage, value in found.get("seconds", {}).items():
-        check(_finite(value) and value >= 0, f".seconds.{stage}", value, "a number of at least 0")
+        check(is_finite(value) and value >= 0, f".seconds.{stage}", value, "a number of at least 0")
     for stage, pair in found.get("passes", {}).items():
-        fits = isinstance(pair, list) and len(pair) == 2 and all(_finite(value) and value >= 0 for value in pair)
+        fits = isinstance(pair, list) and len(pair) == 2 and all(is_finite(value) and value >= 0 for value in pair)
         check(fits, f".passes.{stage}", pair, "two numbers of at least 0, forward and backward")
     flags = found.get("flags", [])
     check(isinstance(flags, list) and all(isinstance(flag, str) for flag in flags), ".flags", flags, "a list of strings")
 
 
-def _finite(value):
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that JSON can hold."""
     return is_number(value) and math.isfinite(value)

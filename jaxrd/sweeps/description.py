@@ -31,8 +31,8 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxrd.config_files import file_of
 from jaxrd.errors import InputError, suggest
-from jaxrd.sweeps.config_files import file_of
 
 ATTACKS = "clean,pgd20,autoattack"
 

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jaxrd import config as configs
+from jaxrd import config as configs, config_files
 from jaxrd.config import Config
 from jaxrd.errors import InputError, suggest
 from jaxrd.files import replacing
-from jaxrd.sweeps import config_files, parts
+from jaxrd.sweeps import parts
 from jaxrd.sweeps.description import Description
 
 FILE = "sweep.json"

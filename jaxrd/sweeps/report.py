@@ -12,7 +12,7 @@ from jaxrd.evaluation import page, report
 from jaxrd.evaluation.figures import is_number
 from jaxrd.evaluation.names import attack_order
 from jaxrd.sweeps import plots
-from jaxrd.sweeps.results import Table, heading
+from jaxrd.sweeps.results import Table, heading, html
 
 _FIGURES = ("gradient_cosine", "taylor_remainder", "seconds_per_step")  # drawn besides accuracies
 
@@ -53,7 +53,7 @@ def _means(table: Table) -> str:
     if "step_memory" in table.measures:
         note += (" step MB: memory of the compiled training step on each device, as XLA has planned it: temporary arrays, "
                  "arguments and outputs, in millions of bytes.")
-    return _html(header, body) + f'<p class="note">{escape(note)}</p>'
+    return html(header, body) + f'<p class="note">{escape(note)}</p>'
 
 
 def _differences(table: Table) -> str:
@@ -63,7 +63,7 @@ def _differences(table: Table) -> str:
     note = (f"Each run minus the run of {table.plan.baseline} with the same seed, mean ± standard deviation of these "
             "differences; accuracies in percentage points. The figures show 95 % confidence intervals of the mean (Student's t), "
             "for each point and measure by itself.")
-    return _html(header, body) + f'<p class="note">{escape(note)}</p>'
+    return html(header, body) + f'<p class="note">{escape(note)}</p>'
 
 
 def _figures(table: Table, folder: Path) -> str:
@@ -99,7 +99,3 @@ def _failed(table: Table) -> str:
         return ""
     return page.html_table(["run", "what happened"], [
         [escape(row["run"]), f'<span class="wrap">{escape(row["error"])}</span>'] for row in table.failed], 2)
-
-
-def _html(header: list[str], body: list[list[str]]) -> str:
-    return page.html_table([escape(cell) for cell in header], [[escape(row[0]), *map(page.number, row[1:])] for row in body], 1)

@@ -16,7 +16,8 @@ from typing import Any
 from jaxrd.errors import InputError
 from jaxrd.evaluation import names, page, tables
 from jaxrd.evaluation.figures import is_number
-from jaxrd.evaluation.runs import flat
+from jaxrd.evaluation.record import is_finite
+from jaxrd.evaluation.runs import flat, spread
 from jaxrd.files import replacing
 from jaxrd.sweeps import plan as plans, runs
 from jaxrd.sweeps.plan import Plan, Run
@@ -98,8 +99,8 @@ class Table:
                 if self.plan.baseline:
                     base = _by_seed(by_point[self.plan.baseline], measure)
                     pairs = [values[seed] - base[seed] for seed in values if seed in base]
-                    spread = _spread(f"{measure}_difference", pairs)
-                    found |= {f"{measure}_difference": spread.pop(f"{measure}_difference_mean"), **spread}
+                    paired = _spread(f"{measure}_difference", pairs)
+                    found |= {f"{measure}_difference": paired.pop(f"{measure}_difference_mean"), **paired}
                     low, high = confidence_interval(pairs)
                     found |= {f"{measure}_difference_low": low, f"{measure}_difference_high": high}
             summaries.append(found)
@@ -162,12 +163,8 @@ class Table:
         return text
 
     def _repr_html_(self) -> str:
-        parts = []
-        for header, body in (self.means(self.in_text), self.differences(self.in_text)):
-            if body:
-                parts.append(page.html_table([escape(cell) for cell in header],
-                                             [[escape(row[0]), *map(page.number, row[1:])] for row in body], 1))
-        return "<br>".join(parts)
+        return "<br>".join(html(header, body) for header, body in (self.means(self.in_text), self.differences(self.in_text))
+                           if body)
 
 
 def read(workdir: str | pathlib.Path) -> Table:
@@ -184,8 +181,8 @@ def collect(plan: Plan) -> Table:
     fields = {point.name: point.fields for point in plan.points}
     rows = [_row(plan, run, fields[run.point]) for run in plan.runs]
     # A measure that no run has is no column.
-    measured = [name for name in (*names.MEASURES, STEP_MEMORY) if any(row.get(name) is not None for row in rows)]
-    empty = [name for name in (*names.MEASURES, STEP_MEMORY) if name not in measured and name not in TIMINGS]
+    empty = [name for name in (*names.MEASURES, STEP_MEMORY)
+             if name not in TIMINGS and all(row[name] is None for row in rows)]
     return Table(plan, tuple({name: value for name, value in row.items() if name not in empty} for row in rows))
 
 
@@ -211,6 +208,11 @@ def confidence_interval(values: Sequence[float], confidence: float = _CONFIDENCE
     mean = statistics.fmean(values)
     reach = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean - reach, mean + reach
+
+
+def html(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Returns a table of means or differences as HTML."""
+    return page.html_table([escape(cell) for cell in header], [[escape(row[0]), *map(page.number, row[1:])] for row in body], 1)
 
 
 def heading(measure: str) -> str:
@@ -267,13 +269,12 @@ def _as_given(given: Any, meant: Any) -> Any:
 
 
 def _by_seed(rows: Iterable[dict], measure: str) -> dict[int, float]:
-    return {row["seed"]: row[measure] for row in rows if is_number(row.get(measure)) and math.isfinite(row[measure])}
+    return {row["seed"]: row[measure] for row in rows if is_finite(row.get(measure))}
 
 
 def _spread(name: str, values: Iterable[float]) -> dict[str, Any]:
-    values = list(values)
-    return {f"{name}_mean": statistics.fmean(values) if values else None,
-            f"{name}_sd": statistics.stdev(values) if len(values) > 1 else None, f"{name}_n": len(values)}
+    found = spread([{name: value} for value in values]).get(name, {"mean": None, "sd": None, "n": 0})
+    return {f"{name}_{part}": found[part] for part in ("mean", "sd", "n")}
 
 
 def _pandas():

@@ -105,9 +105,8 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
     if step >= steps:
         log.say(f"{log.workdir} is finished: step {step} of {steps}")
         return state
-    if processes.is_main():
-        with disk_explained(str(log.workdir / "environment.json")):
-            write_json(log.workdir / "environment.json", environment())
+    found = environment() if processes.is_main() else {}
+    _note_environment(log.workdir, found)
     log.say(_what_it_sees(config, dataset, train_source))
     feeder = Feeder(
         train_source, mesh, seed=config.seed, batch_size=batch_size, first=step, last=steps,
@@ -120,7 +119,9 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
                 check_batch(recipe.method, train_source.labels[train_source.indices(config.seed, step, batch_size)], step + 1)
             began = time.perf_counter()
             if not log.compiled:
-                train_step = _compiled(train_step, state, teacher_variables, batch, log.workdir)
+                train_step = _compiled(train_step, state, teacher_variables, batch)
+                if memory := step_memory(train_step):
+                    _note_environment(log.workdir, found | {"step_memory": memory})
             state, metrics = train_step(state, teacher_variables, batch)
             step += 1
             if not log.compiled:
@@ -166,15 +167,17 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
     return state
 
 
-def _compiled(train_step, state, teacher_variables, batch, workdir):
-    """Compiles the step for the arguments of all steps, and notes in environment.json what memory it takes."""
+def _compiled(train_step, state, teacher_variables, batch):
+    """Compiles the step ahead of time, for the arguments of all steps."""
     if not hasattr(train_step, "lower"):  # a function around it, that watches or disturbs it
         return train_step
-    compiled = train_step.lower(state, teacher_variables, batch).compile()
-    if processes.is_main() and (memory := step_memory(compiled)):
+    return train_step.lower(state, teacher_variables, batch).compile()
+
+
+def _note_environment(workdir: pathlib.Path, found: dict[str, Any]) -> None:
+    if processes.is_main():
         with disk_explained(str(workdir / "environment.json")):
-            write_json(workdir / "environment.json", environment() | {"step_memory": memory})
-    return compiled
+            write_json(workdir / "environment.json", found)
 
 
 def step_memory(compiled) -> dict[str, int] | None:
@@ -184,7 +187,8 @@ def step_memory(compiled) -> dict[str, int] | None:
     and "outputs" are what goes in and comes out, and "aliased" the part of the outputs that takes the place of arguments;
     "total" = temporary + arguments + outputs - aliased.
     """
-    found = compiled.memory_analysis()
+    analysis = getattr(compiled, "memory_analysis", None)
+    found = analysis() if analysis else None
     if found is None:
         return None
     memory = {"temporary": found.temp_size_in_bytes, "arguments": found.argument_size_in_bytes,

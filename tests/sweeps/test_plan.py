@@ -7,8 +7,9 @@ import pathlib
 
 import pytest
 
+from jaxrd import config_files
 from jaxrd.errors import InputError
-from jaxrd.sweeps import config_files, description as descriptions, plan as plans
+from jaxrd.sweeps import description as descriptions, plan as plans
 from jaxrd.sweeps.description import Description
 from tests.support import assert_input_error
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrd.distillation.gradient_matching import LogitsFn, Scalar, gradient_distance, input_gradients, scalar_of
+from jaxrd.errors import need_positive
 
 Array = jax.Array
 
@@ -81,7 +82,11 @@ def gradient_change(
 
     Returns:
       [batch], at least 0.
+
+    Raises:
+      InputError: a step of 0 or less.
     """
+    need_positive("step", step)
     gradients = input_gradients(logits_fn, images, labels, scalar)
     directions = _unit(jnp.sign(gradients) if directions is None else directions)
     chex.assert_equal_shape([images, directions])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxrd.attacks.search import check_count
 from jaxrd.distillation.gradient_matching import LogitsFn, Scalar, scalar_of
+from jaxrd.errors import need_positive
 from jaxrd.threat import example_keys
 
 Array = jax.Array
@@ -44,6 +45,7 @@ def boundary_distance(
       [batch], a point at which the prediction has changed; inf where none is found.
     """
     check_count("grid", grid)
+    need_positive("maximum", maximum)
     chex.assert_equal_shape([images, directions])
     times = maximum * jnp.arange(grid + 1, dtype=images.dtype) / grid
     return _first_change(logits_fn, lambda t: images + _per_image(t) * directions, labels, images, times, bisections)
@@ -128,6 +130,7 @@ def loss_surface(
       scalar: see `input_gradients`.
     """
     check_count("n", n, least=2)
+    need_positive("extent", extent)
     chex.assert_rank(images, 4)
     chex.assert_equal_shape([images, adversarial])
     directions = adversarial - images

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrd.attacks.pgd import pgd_path
+from jaxrd.attacks.search import check_count
 from jaxrd.distillation.gradient_matching import LogitsFn, Scalar, scalar_of
 from jaxrd.threat import ThreatModel
 
@@ -114,6 +115,7 @@ def local_linearity(
     Returns:
       [batch], at least 0.
     """
+    check_count("steps", steps)
     error = _error_of_expansion(scalar_of(logits_fn, labels, scalar), images)
     path = pgd_path(key, error, images, threat=threat, step_size=relative_step * threat.epsilon, steps=steps)
     return jnp.max(jax.lax.map(error, path), axis=0)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrd import ThreatModel
 from jaxrd.evaluation import alignment
 from tests.evaluation.alignment.networks import (
     BATCH, DELTAS, HESSIANS, IMAGES, LABELS, SHAPE, flat, linear, quadratic, smooth)
@@ -133,3 +134,15 @@ def test_counts_are_whole_numbers():
     assert_input_error(lambda: alignment.path_boundary(linear, images, deltas[None], bisections=-1), "bisections", "-1")
     assert_input_error(
         lambda: alignment.loss_surface(jax.random.key(0), linear, images, deltas, jnp.asarray(LABELS), n=1), "n is 1", "2")
+
+
+def test_lengths_are_above_zero_where_they_can_be_read():
+    images, deltas, labels, key = jnp.asarray(IMAGES), jnp.asarray(DELTAS), jnp.asarray(LABELS), jax.random.key(0)
+    assert_input_error(lambda: alignment.boundary_distance(linear, images, deltas, maximum=0.0), "maximum is 0", "above 0")
+    assert_input_error(
+        lambda: alignment.loss_surface(key, linear, images, images + deltas, labels, extent=-1.0), "extent is -1", "above 0")
+    assert_input_error(lambda: alignment.gradient_change(linear, images, labels, step=0.0), "step is 0", "above 0")
+    assert_input_error(lambda: alignment.local_linearity(
+        key, linear, images, labels, threat=ThreatModel("linf", 0.1), steps=0), "steps is 0", "at least 1")
+    change = jax.jit(lambda step: alignment.gradient_change(linear, images, labels, step=step))
+    assert change(0.1).shape == labels.shape

@@ -37,6 +37,12 @@ def file_of(config: Any) -> str | None:
     return str(config).partition(":")[0] if isinstance(config, str | pathlib.Path) else None
 
 
+def nearest(path: pathlib.Path) -> str | None:
+    """Returns the config file that was meant by a path at which there is none: beside it, or in configs/."""
+    names = [str(other) for folder in (path.parent, pathlib.Path("configs")) for other in folder.glob("*.py")]
+    return next(iter(difflib.get_close_matches(str(path), names, n=1)), None)
+
+
 def _plain(config: Any) -> dict[str, Any]:
     if isinstance(config, Config):
         return config.to_dict()
@@ -51,10 +57,9 @@ def _plain(config: Any) -> dict[str, Any]:
 def _call(file: str, argument: str) -> Any:
     path = pathlib.Path(file)
     if not path.is_file():
-        names = [str(other) for folder in (path.parent, pathlib.Path("configs")) for other in folder.glob("*.py")]
-        close = difflib.get_close_matches(str(path), names, n=1)
+        close = nearest(path)
         raise InputError(f"{file}: no such config file; "
-                         + (f"did you mean {close[0]}?" if close else "give one such as configs/digits.py:ard+igdm"))
+                         + (f"did you mean {close}?" if close else "give one such as configs/digits.py:ard+igdm"))
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         found = get_config(argument) if callable(get_config) else None
