@@ -30,7 +30,8 @@ from jaxrd.training.durations import Duration
 # Fields that say how a run is watched and stored, not what it computes: a resumed run may change them.
 BOOKKEEPING = (
     "data.directory", "data.resident", "training.log_every", "training.checkpoint_every", "training.keep",
-    "training.keep_every", "training.joint_views", "training.shard_state", "training.writers")
+    "training.keep_every", "training.joint_views", "training.cache_teacher", "training.gradient_checkpointing",
+    "training.shard_state", "training.writers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ class AttackConfig:
     start: str = documented("", '"uniform", "gaussian" or "none" instead of the method\'s own start; empty: its own')
     project_start: bool = documented(True, "put the start inside ball and pixel range; published code often does not")
     batch_statistics: bool = documented(False, "BatchNorm of the student by batch statistics inside the attack")
+    dtype: str | None = documented(None, "compute dtype of both networks' bodies inside the attack; None: their own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,10 @@ class TrainingConfig:
     accumulation: int = documented(1, "micro-batches that a batch is worked through in, for less memory, to the same update; "
                                       "BatchNorm's statistics are a micro-batch's")
     joint_views: bool = documented(True, "forward the student's views as one batch, each normalised by its own statistics")
+    cache_teacher: bool | None = documented(None, "teacher's logits on the training images computed once, where nothing is "
+                                            "augmented; None: where that saves time")
+    gradient_checkpointing: bool = documented(False, "keep what enters each residual block for the backward pass and compute "
+                                              "the rest again: less memory, more time")
     shard_state: bool = documented(False, "optimiser's state and weight average split over the devices, not a copy on each")
     weight_average: float = documented(0.0, "decay of an exponential moving average of the weights; 0: none")
     swa_start: float | None = documented(None, "fraction of training from which weights are averaged equally (SWA), in place "
@@ -130,6 +136,7 @@ class Config:
         "of groups; None: the whole batch")
     teacher: str = documented("", "run directory of the teacher, trained or imported (launch.weights); empty: none")
     dtype: str = documented("float32", 'compute dtype of the student\'s body: "float32" or "bfloat16"')
+    teacher_dtype: str | None = documented(None, "compute dtype of the teacher's body; None: the one that it was trained with")
     data: DataConfig = DataConfig()
     threat: ThreatConfig = ThreatConfig()
     attack: AttackConfig = AttackConfig()

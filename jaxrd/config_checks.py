@@ -18,6 +18,8 @@ def check(config) -> None:
     training, optimizer = config.training, config.optimizer
     need(0 <= config.seed < 2**32, "seed", "in [0, 2**32)")
     need(config.dtype in ("float32", "bfloat16"), "dtype", '"float32" or "bfloat16"')
+    for path, dtype in (("teacher_dtype", config.teacher_dtype), ("attack.dtype", config.attack.dtype)):
+        need(dtype in (None, "float32", "bfloat16"), path, '"float32", "bfloat16" or None')
     need(config.data.examples is None or config.data.examples > 0, "data.examples", "above 0, or None for all images")
     need(0 < config.data.validation_fraction < 1, "data.validation_fraction", "between 0 and 1")
     need(config.data.selection in ("validation", "last", "test"), "data.selection", '"validation", "last" or "test"')

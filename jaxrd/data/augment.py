@@ -68,6 +68,11 @@ class Augmentation:
         need(self.cutout <= side, "cutout", self.cutout, f"at most {side}, the shorter side of the images")
 
     @property
+    def is_identity(self) -> bool:
+        """Whether images stay as they are, in every epoch."""
+        return not (self.shift or self.flip or self.cutout or self.mixes)
+
+    @property
     def mixes(self) -> bool:
         """Whether images have partners, and labels are soft."""
         return self.mixing != "none" and self.mixing_probability > 0

@@ -182,7 +182,7 @@ def _open_teacher(subject: Subject, teacher: str, tell) -> tuple[str, models.Mod
     try:
         with processes.together():  # all compare gradients, or none
             model, variables, found = checkpoint.restore_model(teacher, "last" if began_with is None else began_with)
-            model = models.create(**model.specification | {"dtype": "float32"})
+            model = models.variant(model, dtype="float32")
             check_teacher(teacher, model, subject.model)
             if own_teacher and origin["teacher_file"] != checkpoint.file_of(found):
                 raise InputError(f"{teacher} holds other weights now than those that this run was distilled from")

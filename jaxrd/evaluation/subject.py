@@ -47,7 +47,7 @@ class Subject:
         # A run may have been resumed with its data elsewhere, and they are there for its earlier checkpoints too.
         newest = Config.from_dict(checkpoint.newest_metadata(workdir)["config"])
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=newest.data.directory))
-        model = models.create(**model.specification | {"dtype": "float32"})
+        model = models.variant(model, dtype="float32")
         return cls(workdir, str(step), model, variables, origin, config, config.threat.build())
 
     def record(self, data: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from jaxrd.models import weights
 from jaxrd.models.averaging import average_weights, estimate_statistics
-from jaxrd.models.zoo import Model, create, logits_fn, parameter_count, restore
+from jaxrd.models.zoo import Model, create, logits_fn, parameter_count, restore, variant
 
 __all__ = [
-    "Model", "average_weights", "create", "estimate_statistics", "logits_fn", "parameter_count", "restore", "weights"]
+    "Model", "average_weights", "create", "estimate_statistics", "logits_fn", "parameter_count", "restore", "variant",
+    "weights"]

@@ -25,13 +25,14 @@ _EXAMPLES += ["dm_wrn34_20", "dm_wrn70_16", "preact_resnet18", "preact_resnet18_
 _EXAMPLES += [f"resnet{depth}_w{width}" for depth in RESNET_BLOCKS for width in (8, 16, 32)]
 
 
-def module(name: str, classes: int, dtype: jnp.dtype = jnp.float32) -> nn.Module:
+def module(name: str, classes: int, dtype: jnp.dtype = jnp.float32, checkpointing: bool = False) -> nn.Module:
     """Returns the Flax module of that name, which is called with (images, train); `normalization` says what `train` is.
 
     Args:
       name: as `models.create` lists them, without published identifiers.
       classes: number of logits.
       dtype: compute dtype of the layers before the pool.
+      checkpointing: see `resnet.checkpointed`.
 
     Raises:
       InputError: there is no such architecture.
@@ -40,19 +41,19 @@ def module(name: str, classes: int, dtype: jnp.dtype = jnp.float32) -> nn.Module
         depth, width = int(match[1]), int(match[2] or 64)
         if depth in (18, 34, 50) or depth in RESNET_BLOCKS and match[2]:
             block = BottleneckBlock if depth == 50 else BasicBlock
-            return ResNet(RESNET_BLOCKS[depth], width, block, classes, dtype)
+            return ResNet(RESNET_BLOCKS[depth], width, block, classes, dtype, checkpointing)
     if match := re.fullmatch(r"preact_resnet18(_raw)?(?:_w([1-9]\d*))?", str(name)):
-        return PreActResNet(RESNET_BLOCKS[18], int(match[2] or 64), classes, dtype, raw=bool(match[1]))
+        return PreActResNet(RESNET_BLOCKS[18], int(match[2] or 64), classes, dtype, bool(match[1]), checkpointing)
     if match := re.fullmatch(r"dm_preact_resnet18(?:_w([1-9]\d*))?", str(name)):
-        return DeepMindPreActResNet(int(match[1] or 64), classes, dtype)
+        return DeepMindPreActResNet(int(match[1] or 64), classes, dtype, checkpointing)
     if name == "mobilenet_v2":
-        return MobileNetV2(classes, dtype)
+        return MobileNetV2(classes, dtype, checkpointing)
     if match := re.fullmatch(r"(dm_)?wrn([1-9]\d*)_([1-9]\d*)", str(name)):
         if max(len(match[2]), len(match[3])) > 3:  # a file may name its own architecture
             raise InputError(f'model name is "{name[:40]}"; depth and width of a wide ResNet are below 1000')
         depth, width = int(match[2]), int(match[3])
         if depth >= 10 and depth % 6 == 4:
-            return (DeepMindWideResNet if match[1] else WideResNet)(depth, width, classes, dtype)
+            return (DeepMindWideResNet if match[1] else WideResNet)(depth, width, classes, dtype, checkpointing)
         nearest = f"{match[1] or ''}wrn{max(10, 6 * round((depth - 4) / 6) + 4)}_{width}"
         raise InputError(f'model name is "{name}"; a wide ResNet is 6n + 4 deep: did you mean "{nearest}"?')
     known = {example.lower().replace("-", "_"): example

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrd.models.normalization import BatchLayout, batch_norm
-from jaxrd.models.resnet import pool_and_classify, torch_uniform
+from jaxrd.models.resnet import checkpointed, pool_and_classify, torch_uniform
 from jaxrd.models.wide_resnet import he_normal_fan_out
 
 Array = jax.Array
@@ -67,12 +67,14 @@ class DeepMindWideResNet(nn.Module):
       width: widening factor; the groups have 16, 32 and 64 times as many channels, with strides 1, 2 and 2.
       classes: number of logits.
       dtype: compute dtype of everything up to the pool; pool and linear layer are float32.
+      checkpointing: see `resnet.checkpointed`.
     """
 
     depth: int
     width: int
     classes: int
     dtype: jnp.dtype
+    checkpointing: bool = False
 
     @nn.compact
     def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
@@ -81,7 +83,8 @@ class DeepMindWideResNet(nn.Module):
             for index in range((self.depth - 4) // 6):
                 stride = 2 if group > 0 and index == 0 else 1
                 features = 16 * self.width * 2**group
-                x = DeepMindWideBlock(features, stride, self.dtype, name=f"layer{group}_{index}")(x, train)
+                block = checkpointed(DeepMindWideBlock, self.checkpointing)
+                x = block(features, stride, self.dtype, name=f"layer{group}_{index}")(x, train)
         x = normalised(x, "batchnorm", self.dtype, train)
         return pool_and_classify(x, self.classes, "logits", zero_bias=True)
 
@@ -119,12 +122,14 @@ class DeepMindPreActResNet(nn.Module):
       width: channels of the stem and of the first stage, 64 as published; each later stage doubles them.
       classes: number of logits.
       dtype: compute dtype of everything up to the pool; pool and linear layer are float32.
+      checkpointing: see `resnet.checkpointed`.
     """
 
     smallest_side: ClassVar[int] = 8  # of an image: each stride of 2 halves a side, rounding down
     width: int
     classes: int
     dtype: jnp.dtype
+    checkpointing: bool = False
 
     @nn.compact
     def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
@@ -132,6 +137,7 @@ class DeepMindPreActResNet(nn.Module):
         for stage in range(4):
             for index in range(2):
                 stride = 2 if stage > 0 and index == 0 else 1
-                x = DeepMindPreActBlock(self.width * 2**stage, stride, self.dtype, name=f"layer{stage}_{index}")(x, train)
+                block = checkpointed(DeepMindPreActBlock, self.checkpointing)
+                x = block(self.width * 2**stage, stride, self.dtype, name=f"layer{stage}_{index}")(x, train)
         x = normalised(x, "batchnorm", self.dtype, train)
         return pool_and_classify(x, self.classes, "logits")

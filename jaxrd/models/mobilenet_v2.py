@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrd.models.normalization import BatchLayout, batch_norm
-from jaxrd.models.resnet import convolution, pool_and_classify, shortcut
+from jaxrd.models.resnet import checkpointed, convolution, pool_and_classify, shortcut
 
 Array = jax.Array
 
@@ -54,10 +54,12 @@ class MobileNetV2(nn.Module):
     Attributes:
       classes: number of logits.
       dtype: compute dtype of everything up to the pool; pool and linear layer are float32.
+      checkpointing: see `resnet.checkpointed`.
     """
 
     classes: int
     dtype: jnp.dtype
+    checkpointing: bool = False
 
     @nn.compact
     def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
@@ -66,7 +68,7 @@ class MobileNetV2(nn.Module):
         for group, (expansion, features, blocks, group_stride) in enumerate(GROUPS, start=1):
             for index in range(blocks):
                 stride = group_stride if index == 0 else 1
-                block = InvertedResidual(
+                block = checkpointed(InvertedResidual, self.checkpointing)(
                     expansion * x.shape[-1], features, stride, self.dtype, name=f"layer{group}_{index}")
                 x = block(x, train)
         x = convolution(1280, 1, 1, self.dtype, "conv2")(x)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrd.models.normalization import BatchLayout, batch_norm
-from jaxrd.models.resnet import convolution, pool_and_classify, torch_uniform
+from jaxrd.models.resnet import checkpointed, convolution, pool_and_classify, torch_uniform
 
 Array = jax.Array
 
@@ -60,6 +60,7 @@ class PreActResNet(nn.Module):
       width: channels of the stem and of the first stage.
       classes: number of logits.
       dtype: compute dtype of everything up to the pool; pool and linear layer are float32.
+      checkpointing: see `resnet.checkpointed`.
       raw: no BN-ReLU before the pool, and shortcuts from the raw input.
     """
 
@@ -68,6 +69,7 @@ class PreActResNet(nn.Module):
     classes: int
     dtype: jnp.dtype
     raw: bool = False
+    checkpointing: bool = False
 
     @nn.compact
     def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
@@ -75,7 +77,7 @@ class PreActResNet(nn.Module):
         for stage, blocks in enumerate(self.blocks):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                block = PreActBlock(
+                block = checkpointed(PreActBlock, self.checkpointing)(
                     self.width * 2**stage, stride, self.dtype, raw_shortcut=self.raw, name=f"layer{stage + 1}_{index}")
                 x = block(x, train)
         if not self.raw:

@@ -59,6 +59,15 @@ def convolution(
         dtype=dtype, name=name)
 
 
+def checkpointed(block: type[nn.Module], checkpointing: bool) -> type[nn.Module]:
+    """Returns a class of blocks, called as block(x, train), that keeps nothing of its inside for the backward pass if so asked.
+
+    That pass computes it again from the block's input (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"): one
+    more forward for the memory of the activations inside all blocks but one. Values and parameters are the same.
+    """
+    return nn.remat(block, static_argnums=(2,)) if checkpointing else block
+
+
 def shortcut(x: Array, features: int, stride: int, dtype: jnp.dtype, train: bool | BatchLayout) -> Array:
     """Returns x, or bn(conv1x1(x)) where a block changes its shape; to be called inside the block, which owns the layers."""
     if stride == 1 and x.shape[-1] == features:
@@ -134,6 +143,7 @@ class ResNet(nn.Module):
       block: BasicBlock or BottleneckBlock.
       classes: number of logits.
       dtype: compute dtype of everything up to the pool; pool and linear layer are float32.
+      checkpointing: see `resnet.checkpointed`.
     """
 
     blocks: Sequence[int]
@@ -141,13 +151,15 @@ class ResNet(nn.Module):
     block: type[nn.Module]
     classes: int
     dtype: jnp.dtype
+    checkpointing: bool = False
 
     @nn.compact
     def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
         x = convolution(self.width, 3, 1, self.dtype, "conv1")(images)
         x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
+        block = checkpointed(self.block, self.checkpointing)
         for stage, blocks in enumerate(self.blocks):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                x = self.block(self.width * 2**stage, stride, self.dtype, name=f"layer{stage + 1}_{index}")(x, train)
+                x = block(self.width * 2**stage, stride, self.dtype, name=f"layer{stage + 1}_{index}")(x, train)
         return pool_and_classify(x, self.classes)

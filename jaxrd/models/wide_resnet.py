@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxrd.models.normalization import BatchLayout, batch_norm
 from jaxrd.models.preact_resnet import PreActBlock
-from jaxrd.models.resnet import convolution, draw_flat, pool_and_classify
+from jaxrd.models.resnet import checkpointed, convolution, draw_flat, pool_and_classify
 
 Array = jax.Array
 
@@ -40,12 +40,14 @@ class WideResNet(nn.Module):
       width: widening factor.
       classes: number of logits.
       dtype: compute dtype of everything up to the pool; pool and linear layer are float32.
+      checkpointing: see `resnet.checkpointed`.
     """
 
     depth: int
     width: int
     classes: int
     dtype: jnp.dtype
+    checkpointing: bool = False
 
     @nn.compact
     def __call__(self, images: Array, train: bool | BatchLayout) -> Array:
@@ -54,7 +56,8 @@ class WideResNet(nn.Module):
             for index in range((self.depth - 4) // 6):
                 stride = 2 if group > 0 and index == 0 else 1
                 features = 16 * self.width * 2**group
-                block = PreActBlock(features, stride, self.dtype, he_normal_fan_out, name=f"block{group + 1}_{index}")
+                block = checkpointed(PreActBlock, self.checkpointing)(
+                    features, stride, self.dtype, he_normal_fan_out, name=f"block{group + 1}_{index}")
                 x = block(x, train)
         x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
         return pool_and_classify(x, self.classes, "fc", zero_bias=True)

@@ -127,8 +127,8 @@ def create(
 
 # Cached, so that two equal models are one static argument, and what was compiled for the first serves the second.
 @functools.lru_cache(maxsize=None)
-def _create(name, classes, image_shape, dtype, mean, std, sets, bn_groups) -> Model:
-    module = architectures.module(name, classes, _DTYPES[dtype])
+def _create(name, classes, image_shape, dtype, mean, std, sets, bn_groups, checkpointing=False) -> Model:
+    module = architectures.module(name, classes, _DTYPES[dtype], checkpointing)
     if min(image_shape[:2]) < (smallest := getattr(module, "smallest_side", 1)):
         raise InputError(
             f'model image_shape is {image_shape}, of which "{name}" would leave nothing; give sides of at least {smallest}, or '
@@ -158,6 +158,35 @@ def _create(name, classes, image_shape, dtype, mean, std, sets, bn_groups) -> Mo
         "name": name, "classes": classes, "image_shape": image_shape, "dtype": dtype, "mean": mean, "std": std,
         "batch_norm_sets": sets, "bn_groups": bn_groups if bn_groups > 1 else None}
     return Model(name, classes, image_shape, init, apply, specification, sets, joint_views=True)
+
+
+def variant(model: Model, *, dtype: str | None = None, gradient_checkpointing: bool = False) -> Model:
+    """Returns a model of the same function and the same variables, computed otherwise.
+
+    Args:
+      model: one that `create` made; one of one's own counts as float32, and can be had as it is only.
+      dtype: "float32" or "bfloat16", see `create`; None for the model's own.
+      gradient_checkpointing: keep for the backward pass only what enters each residual block, and compute the rest again there
+        (Chen et al. 2016). It is no part of the specification: a model that is restored keeps everything.
+
+    Raises:
+      InputError: another dtype than those; a model of one's own, which has to be made so by its maker.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise InputError(f'model dtype is {dtype!r}; use "float32" or "bfloat16"')
+    own = model.specification
+    if dtype in (None, own.get("dtype", "float32")) and not gradient_checkpointing:
+        return model
+    if "dtype" not in own:
+        raise InputError(
+            f'model "{model.name}" was not made by models.create, so neither its dtype nor what it keeps for the backward pass '
+            "can be chosen here; make it as it is to be, and leave both at their defaults")
+    return _create(own["name"], own["classes"], tuple(own["image_shape"]), dtype or own["dtype"], _tupled(own["mean"]),
+                   _tupled(own["std"]), own["batch_norm_sets"], own["bn_groups"] or 1, gradient_checkpointing)
+
+
+def _tupled(values):
+    return values if values is None else tuple(values)
 
 
 def logits_fn(model: Model, variables: Variables) -> Partial:

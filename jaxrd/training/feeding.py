@@ -28,7 +28,7 @@ class Feeder:
     A batch is {"images": uint8 or float32 [batch, h, w, c], "labels": int32 [batch]}, split over "data"; with `accumulation`
     its micro-batches, [accumulation, batch / accumulation, ...], each split over "data". With `partners`
     it also has "partners" and "partner_labels" (`Source.partners`), with `negatives` "negatives" and "negative_labels"
-    (`Source.negatives`), shaped likewise. A process gathers the rows of its own devices only.
+    (`Source.negatives`), shaped likewise, with `teacher_clean` the rows of that table under this name. A process gathers the rows of its own devices only.
 
     With `resident` the whole source lies on every device, and a step's positions are all that travels; without, the rows
     are gathered on the host and travel while the step before runs. The batches are the same.
@@ -40,6 +40,7 @@ class Feeder:
     def __init__(
         self, source: Source, mesh: jax.sharding.Mesh, *, seed: int, batch_size: int, first: int = 0, last: int | None = None,
         partners: bool = False, negatives: bool = False, resident: bool | None = None, accumulation: int = 1,
+        teacher_clean: np.ndarray | None = None,
     ):
         """Starts with batch `first`.
 
@@ -53,6 +54,7 @@ class Feeder:
           resident: keep the source on the devices; None where they are accelerators on which it takes at most a tenth of the
             memory (of this process's first one: on unlike machines say which).
           accumulation: micro-batches that a batch is cut into, in the order of its images.
+          teacher_clean: [n, classes], a row for each image of the source: see `teacher_cache`.
 
         Raises:
           InputError: devices and micro-batches cannot share a batch equally.
@@ -65,7 +67,9 @@ class Feeder:
                        **({"negative": source.negatives} if negatives else {})}
         if resident is None:
             resident = fits_on(mesh.local_devices[0], source)
-        self._gather = ResidentGather(source, mesh, accumulation) if resident else None
+        self._teacher_clean = teacher_clean
+        further = () if teacher_clean is None else (teacher_clean,)
+        self._gather = ResidentGather(source, mesh, accumulation, further) if resident else None
         self.resident = resident
         self.waited = 0.0
         self._pending: collections.deque[concurrent.futures.Future] = collections.deque()
@@ -97,8 +101,9 @@ class Feeder:
         if self._gather:
             # Here and not in the thread: with several processes all must start their programs in one order.
             batch = {role: self._gather(positions) for role, positions in batch.items()}
-        return {name: value for role, (images, labels) in batch.items()
-                for name, value in ((f"{role}s", images), ("labels" if role == "image" else f"{role}_labels", labels))}
+        named = {name: value for role, (images, labels, *_) in batch.items()
+                 for name, value in ((f"{role}s", images), ("labels" if role == "image" else f"{role}_labels", labels))}
+        return named if self._teacher_clean is None else named | {"teacher_clean": batch["image"][2]}
 
     def _request(self) -> None:
         if self._last is None or self._next < self._last:
@@ -116,7 +121,7 @@ class Feeder:
     def _positions(self, positions: np.ndarray) -> Array:
         return parallel.put_batch({"positions": positions.astype(np.int32)}, self._mesh, self._accumulation)["positions"]
 
-    def _rows(self, positions: np.ndarray) -> tuple[Array, Array]:
+    def _rows(self, positions: np.ndarray) -> tuple[Array, ...]:
         source, sharding = self._source, parallel.sharded(self._mesh, self._accumulation)
 
         def placed(rows):
@@ -124,7 +129,8 @@ class Feeder:
                 (*positions.shape, *rows.shape[1:]), sharding,
                 lambda part: np.asarray(rows[positions[part[:positions.ndim]]]))
 
-        return placed(source.images), placed(source.labels)
+        rows = placed(source.images), placed(source.labels)
+        return rows if self._teacher_clean is None else (*rows, placed(self._teacher_clean))
 
 
 def fits_on(device: jax.Device, source: Source) -> bool:
@@ -138,12 +144,12 @@ def fits_on(device: jax.Device, source: Source) -> bool:
 class ResidentGather:
     """A copy of a source on every device, and the gathering of batches there."""
 
-    def __init__(self, source: Source, mesh: jax.sharding.Mesh, accumulation: int = 1):
+    def __init__(self, source: Source, mesh: jax.sharding.Mesh, accumulation: int = 1, further: tuple[np.ndarray, ...] = ()):
         everywhere, split = parallel.replicated(mesh), parallel.sharded(mesh, accumulation)
         whole = np.asarray(source.images)
         self._rows = tuple(
             jax.make_array_from_callback(rows.shape, everywhere, lambda part, rows=rows: rows[part])
-            for rows in (whole, source.labels))
+            for rows in (whole, source.labels, *further))
 
         @jax.jit
         def gather(rows, positions):
@@ -154,8 +160,8 @@ class ResidentGather:
 
         self._gather = gather
 
-    def __call__(self, positions: Array) -> tuple[Array, Array]:
-        """Returns the images and labels at `positions` int32, [batch] or cut into micro-batches, split over "data"."""
+    def __call__(self, positions: Array) -> tuple[Array, ...]:
+        """Returns the images, the labels and the rows of what else there is at `positions` int32, [batch] or cut into micro-batches, split over "data"."""
         return self._gather(self._rows, positions)
 
     def lowered(self, positions: Array) -> jax.stages.Lowered:

@@ -27,12 +27,13 @@ from jaxrd.distillation import InnerMaximisation
 from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
 from jaxrd.files import disk_explained
-from jaxrd.training import checkpoint, parallel, processes, schedule, state as states, swa
+from jaxrd.training import checkpoint, parallel, processes, schedule, state as states, swa, teacher_cache
 from jaxrd.training.checks import check_batch, check_claim, check_teacher, check_teacher_gradient, claim
 from jaxrd.training.feeding import Feeder
 from jaxrd.training.log import Log, write_json
 from jaxrd.training.snapshots import Snapshots
-from jaxrd.training.step import Recipe, make_train_step, shardings
+from jaxrd.training.recipe import Recipe
+from jaxrd.training.step import make_train_step, shardings
 from jaxrd.training.stopping import StopSignal
 
 VALIDATION_ATTACK = "pgd10"
@@ -71,6 +72,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
             recipe.augmentation.check_image(train_source.image_shape)
             if recipe.method.negatives:
                 train_source.negatives(config.seed, 0, config.training.batch_size)  # refuses data of one class
+        cached = teacher_cache.applies(recipe, config, train_source)
         train_step = make_train_step(recipe, mesh)
     # 3. All of it is there, so the directory is this run's from now on.
     with processes.together():
@@ -92,12 +94,14 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
                     "teacher_file": teacher_file, "images": images, "jaxrd": jaxrd.__version__}
         try:
             return _run(
-                config, dataset, train_source, recipe, teacher_variables, train_step, state, checkpoints, metadata, log, mesh)
+                config, dataset, train_source, recipe, teacher_variables, train_step, state, checkpoints, metadata, log, mesh,
+                cached)
         finally:
             log.close()
 
 
-def _run(config, dataset, train_source, recipe, teacher_variables, train_step, state, checkpoints, metadata, log, mesh):
+def _run(config, dataset, train_source, recipe, teacher_variables, train_step, state, checkpoints, metadata, log, mesh,
+         cached):
     steps, batch_size = recipe.steps, config.training.batch_size
     intervals = config.intervals(train_source.epoch)
     learning_rate = schedule.learning_rate(config.optimizer, steps, batch_size=batch_size, epoch=train_source.epoch)
@@ -108,10 +112,14 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
     found = environment() if processes.is_main() else {}
     _note_environment(log.workdir, found)
     log.say(_what_it_sees(config, dataset, train_source))
+    table = None
+    if cached:
+        log.say(f"the teacher answers on the {len(train_source):,} training images once: they are the same in every epoch")
+        table = teacher_cache.clean_logits(recipe, teacher_variables, train_source, mesh, batch_size)
     feeder = Feeder(
         train_source, mesh, seed=config.seed, batch_size=batch_size, first=step, last=steps,
         partners=recipe.augmentation.mixes, negatives=recipe.method.negatives, resident=config.data.resident,
-        accumulation=recipe.accumulation)
+        accumulation=recipe.accumulation, teacher_clean=table)
     stop = StopSignal(mesh)
     with stop, feeder:
         for batch in feeder:
@@ -248,6 +256,8 @@ def build_recipe(
         else:
             with _naming("config.teacher"):
                 teacher, variables, _ = checkpoint.restore_model(config.teacher, teacher_step)
+        with _naming("config.teacher_dtype"):
+            teacher = models.variant(teacher, dtype=config.teacher_dtype)
         check_teacher(config.teacher, teacher, student)
         if method.needs_teacher_gradient:
             check_teacher_gradient(config.teacher, teacher, variables, dataset.train.images[:16], method)
@@ -266,6 +276,7 @@ def build_recipe(
         label_smoothing=config.training.label_smoothing,
         attack_batch_statistics=config.attack.batch_statistics,
         accumulation=config.training.accumulation, joint_views=config.training.joint_views,
+        attack_dtype=config.attack.dtype, gradient_checkpointing=config.training.gradient_checkpointing,
         shard_state=config.training.shard_state,
     ), variables
 
@@ -334,8 +345,11 @@ def validate(model, variables, source, threat, mesh, *, teacher=None, teacher_va
     """Returns the clean and PGD-10 accuracy on the validation split, the one that chooses the best checkpoint.
 
     With a teacher also its accuracy on the same clean and adversarial images, and the mean cosine between the input gradients
-    of both on the first images.
+    of both on the first images. Whatever the run computes in, this is in float32, as evaluations are.
     """
+    model = models.variant(model, dtype="float32")
+    teacher = teacher and models.variant(teacher, dtype="float32")
+
     def measured(protocol, **options):
         return robustness.run_attack(model, variables, source, robustness.PROTOCOLS[protocol], threat, mesh=mesh, **options)
 

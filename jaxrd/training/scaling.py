@@ -17,7 +17,8 @@ from jaxrd.attacks import loop_unroll
 from jaxrd.errors import InputError
 from jaxrd.training import parallel, state as states
 from jaxrd.training.collectives import collectives
-from jaxrd.training.step import Recipe, joint_forwards, make_train_step, shardings
+from jaxrd.training.recipe import Recipe, joint_forwards
+from jaxrd.training.step import make_train_step, shardings
 
 BACKWARD_SHARE = 2 / 3  # of a forward and backward pass; in the last of them the gradient travels
 

@@ -8,7 +8,6 @@ them together. Nothing here names a device axis: the compiler partitions the pro
 and means are those of the global batch on any number of devices.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import chex
@@ -16,69 +15,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrd import objectives
+from jaxrd import compilation, objectives
 from jaxrd.attacks import loop_unroll
 from jaxrd.data import augment as augmenting
-from jaxrd.distillation.composition import Method, Term, check_accumulation, check_label_smoothing, check_mixing
-from jaxrd.distillation.inner_maximisation import Context, InnerMaximisation
+from jaxrd.distillation.composition import check_accumulation, check_label_smoothing, check_mixing
+from jaxrd.distillation.inner_maximisation import Context
 from jaxrd.distillation.views import View
 from jaxrd.distillation.weight_perturbation import perturb_weights
-from jaxrd.errors import InputError, one_line
+from jaxrd.errors import InputError
 from jaxrd.models.zoo import Model
 from jaxrd.threat import MicroBatchKey, derived, example_keys
 from jaxrd.training import parallel, state as states
-from jaxrd.training.snapshots import Snapshots
+from jaxrd.training.recipe import Recipe, joint_forwards, probe_soft_labels
 from jaxrd.training.state import TrainState
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Everything static that a step is compiled for.
-
-    Attributes:
-      method: attack, views and terms.
-      student: the model that is trained.
-      teacher: the model that is not; None for methods without one.
-      inner: budget of the training attack.
-      optimizer: the gradient transformation.
-      steps: length of training, for the ramps.
-      augmentation: crops, flips, mixing and cutout of the images.
-      weight_average: decay of the weight average; 0 for none.
-      snapshots: the steps whose weights a stochastic weight average takes, in place of a decaying one; None for none.
-      label_smoothing: s in (1 - s) y + s / classes, the labels that the terms of the loss read; attacks, views and monitors
-        read y.
-      attack_batch_statistics: normalise the student's attack forwards by their own batch statistics instead of the running
-        ones (running statistics never move in an attack).
-      accumulation: how many micro-batches, one after another, a batch is cut into, to the same update: memory for one of
-        them is enough. BatchNorm's statistics are those of a micro-batch. What a term takes over a batch, such as the largest
-        drop along a path, is taken over a micro-batch too.
-      joint_views: forward the views that a method forwards one after another as one batch, where the student can: each is
-        normalised by its own statistics all the same, and the gradient is added up over the devices once, not once for each.
-      shard_state: keep a part of the optimiser's state and of the weight average on each device, not all: see
-        `parallel.state_shardings`.
-    """
-
-    method: Method
-    student: Model
-    teacher: Model | None
-    inner: InnerMaximisation
-    optimizer: optax.GradientTransformation
-    steps: int
-    augmentation: augmenting.Augmentation = augmenting.Augmentation()
-    weight_average: float = 0.0
-    snapshots: Snapshots | None = None
-    label_smoothing: float = 0.0
-    attack_batch_statistics: bool = False
-    accumulation: int = 1
-    joint_views: bool = True
-    shard_state: bool = False
-
-    @property
-    def averages(self) -> bool:
-        """Whether the state holds an average of the weights."""
-        return self.weight_average > 0 or self.snapshots is not None
 
 
 def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
@@ -87,7 +38,9 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
     The state is donated. `batch` is {"images": uint8 or float32 [batch, h, w, c], "labels": int32 [batch]}, sharded over
     "data", and where the recipe mixes also "partners" and "partner_labels", shaped likewise: a permutation of the batch, made
     before it is sharded, so that no image crosses devices here. Where the method has negatives, it also has "negatives" and
-    "negative_labels", shaped likewise: an image of another class for each. teacher_variables is None without a teacher.
+    "negative_labels", shaped likewise: an image of another class for each. With "teacher_clean", float32 [batch, classes], the
+    teacher's logits on the batch's images as they are after augmentation, it is not asked for them again. teacher_variables is
+    None without a teacher.
     With `accumulation` every array has a first axis of that many micro-batches, [accumulation, batch / accumulation, ...], and
     is sharded over "data" along the second (`parallel.sharded`). Metrics are scalars: means over the global batch.
 
@@ -98,7 +51,7 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
     check_mixing(recipe.method, recipe.augmentation)
     check_label_smoothing(recipe.method, recipe.label_smoothing)
     if recipe.augmentation.mixes:
-        _probe_soft_labels(recipe)
+        probe_soft_labels(recipe)
     check_accumulation(recipe.method, recipe.accumulation)
 
     def train_step(state, teacher_variables, batch):
@@ -119,7 +72,8 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
             gradients, batch_stats = jax.lax.with_sharding_constraint((gradients, batch_stats), parallel.replicated(mesh))
         return update(recipe, state, gradients, batch_stats), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings(recipe, mesh), parallel.replicated(mesh)))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings(recipe, mesh), parallel.replicated(mesh)),
+                   compiler_options=compilation.options())
 
 
 def shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
@@ -139,11 +93,16 @@ def _inputs(recipe, augment_key, attack_key, state, teacher_variables, batch) ->
     images, labels = augment(recipe, augment_key, batch)
     negatives, negative_labels = augment_negatives(recipe, augment_key, batch)
     views, teacher_clean = attack(
-        recipe, attack_key, state, teacher_variables, images, labels, negatives, negative_labels)
+        recipe, attack_key, state, teacher_variables, images, labels, negatives, negative_labels, batch.get("teacher_clean"))
     teacher = teacher_logits(recipe, teacher_variables, views, teacher_clean, labels, negative_labels)
     return views, teacher, labels, negative_labels
 
 
+# The names that the parts of a step have in a trace, and in the metadata of its compiled program.
+SCOPES = ("augmentation", "attack", "teacher", "student", "optimiser")
+
+
+@jax.named_scope("augmentation")
 def augment(recipe: Recipe, key: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
     """Returns the batch as (images float32 [batch, h, w, c] in [0, 1], labels), each example augmented by its own key.
 
@@ -170,6 +129,7 @@ def augment_one_view(recipe: Recipe, key: Array, images: Array) -> Array:
 _NEGATIVES = 2**31 - 1
 
 
+@jax.named_scope("augmentation")
 def augment_negatives(recipe: Recipe, key: Array, batch: dict[str, Array]) -> tuple[Array, Array] | tuple[None, None]:
     """Returns the batch's (negatives float32 [batch, h, w, c] in [0, 1], their labels int32 [batch]), (None, None) for none.
 
@@ -191,24 +151,27 @@ def augment_negatives(recipe: Recipe, key: Array, batch: dict[str, Array]) -> tu
         recipe, derived(key, lambda key: jax.random.fold_in(key, _NEGATIVES)), negatives), labels
 
 
+@jax.named_scope("attack")
 def attack(
-    recipe, key, state, teacher_variables, images, labels, negatives=None, negative_labels=None,
+    recipe, key, state, teacher_variables, images, labels, negatives=None, negative_labels=None, teacher_clean=None,
 ) -> tuple[dict[str, Array], Array | None]:
-    """Returns the points of the batch by name (those of views, and what they follow from) and T(clean) where the attack
-    needed it.
+    """Returns the points of the batch by name (those of views, and what they follow from) and T(clean), [batch, classes], as
+    it was given, or where the attack needed it; else None.
     """
     method = recipe.method
     variables = {"params": state.params, "batch_stats": state.batch_stats}
 
     def student(points, batch_norm_set=0):
-        return _apply(recipe.student, variables, points, recipe.attack_batch_statistics, batch_norm_set)[0]
+        return _apply(attacked, variables, points, recipe.attack_batch_statistics, batch_norm_set)[0]
 
-    teacher = teacher_clean = auxiliary = None
+    attacked, teacher, auxiliary = recipe.attacked_student, None, None
     if method.needs_teacher:
+        attacked_teacher = recipe.attacked_teacher
+
         def teacher(points):
-            return recipe.teacher.apply(teacher_variables, points, train=False)[0]
-    if method.attack.teacher_on_clean:
-        teacher_clean = teacher(images)
+            return attacked_teacher.apply(teacher_variables, points, train=False)[0]
+    if method.attack.teacher_on_clean and teacher_clean is None:
+        teacher_clean = recipe.teacher.apply(teacher_variables, images, train=False)[0]  # a term may read it too
     if method.batch_norm_sets > 1:
         def auxiliary(points):
             return student(points, batch_norm_set=1)
@@ -218,6 +181,7 @@ def attack(
     return known | {view.name: view.points(known) for view in method.views}, teacher_clean
 
 
+@jax.named_scope("teacher")
 def teacher_logits(recipe, teacher_variables, views, teacher_clean, labels, negative_labels=None) -> dict[str, Array]:
     """Returns what the terms read of the teacher, by view: eval mode, no gradient, all logits in one forward.
 
@@ -244,8 +208,9 @@ def gradients_of(
     With `recipe.accumulation` the arrays have an axis of micro-batches in front. Each begins with the running statistics of the
     state, and the new ones are the mean of theirs: what one forward with a BatchNorm group for each would have come to.
     """
-    method, progress = recipe.method, (state.step + 1) / recipe.steps
+    method, progress, trained = recipe.method, (state.step + 1) / recipe.steps, recipe.trained_student
 
+    @jax.named_scope("student")
     def mean_loss(params, views, teacher, labels, negative_labels):
         batch_stats, student = state.batch_stats, {}
         for forwards in joint_forwards(recipe):
@@ -256,7 +221,7 @@ def gradients_of(
             def network(points):
                 nonlocal moved
                 logits, moved = _apply(
-                    recipe.student, {"params": params, "batch_stats": batch_stats}, points, True, first.batch_norm_set, moves)
+                    trained, {"params": params, "batch_stats": batch_stats}, points, True, first.batch_norm_set, moves)
                 return logits
 
             if first.readout is not None:
@@ -296,53 +261,8 @@ def gradients_of(
     return gradients, batch_stats, metrics | {"gradient_norm": optax.tree.norm(gradients)}
 
 
-def _probe_soft_labels(recipe: Recipe) -> None:
-    """Raises InputError where a term or monitor, of a method of one's own for instance, does not take soft labels.
-
-    By their shapes alone: nothing is computed. What reads more than logits is left to the step itself.
-    """
-    method, classes = recipe.method, recipe.student.classes
-    batch = classes + 1  # another number, so that one does not pass for the other
-    logits = jax.ShapeDtypeStruct((batch, classes), jnp.float32)
-    student, teacher = ({view.name: logits for view in views if view.readout is None}
-                        for views in (method.student_views, method.teacher_views))
-    for item in (*method.terms, *method.monitors):
-        function = item.loss if isinstance(item, Term) else item.value
-        if isinstance(item, Term) and not {*item.student, *item.teacher} <= {*student, *teacher}:
-            continue
-        try:
-            # Negatives are not mixed, and keep their one class.
-            labels = jax.ShapeDtypeStruct((batch,), jnp.int32) if item.labels == "negative_labels" else logits
-            shape = jax.eval_shape(function, student, teacher, labels).shape
-        except KeyError:
-            continue  # a monitor may read what is more than logits
-        except Exception as error:
-            reason = str(error) if isinstance(error, InputError) else one_line(error)
-        else:
-            if shape in ((batch,), ()):
-                continue
-            reason = f"it gives {list(shape)} for a batch of {batch} and {classes} classes"
-        raise InputError(
-            f'config.data.mixing "{recipe.augmentation.mixing}" gives soft labels, [batch, classes], which "{item.name}" of '
-            f"method {method.name} does not take ({reason}); set --config.data.mixing=none")
-
-
 def _labels_of(view: View, labels: Array, negative_labels: Array | None) -> Array:
     return negative_labels if view.labels == "negative_labels" else labels
-
-
-def joint_forwards(recipe: Recipe) -> list[list[tuple[View, ...]]]:
-    """Returns the student's forwards in their order, those next to each other that can be one batch in one list."""
-    lists: list[list[tuple[View, ...]]] = []
-    for forward in recipe.method.student_forwards:
-        alone = len(forward) > 1 or forward[0].readout is not None
-        before = lists[-1][-1] if lists else None
-        if (recipe.joint_views and recipe.student.joint_views and before is not None and not alone and len(before) == 1
-                and before[0].readout is None and before[0].batch_norm_set == forward[0].batch_norm_set):
-            lists[-1].append(forward)
-        else:
-            lists.append([forward])
-    return lists
 
 
 def _apply(
@@ -363,6 +283,7 @@ def _interleaved(network, points: dict[str, Array]) -> dict[str, Array]:
     return {name: outputs[:, index] for index, name in enumerate(points)}
 
 
+@jax.named_scope("optimiser")
 def update(recipe, state, gradients, batch_stats) -> TrainState:
     """Returns the state after the optimiser's step and the weight average's."""
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
