@@ -122,12 +122,13 @@ def create(
         raise InputError(
             f"model bn_groups is {bn_groups!r}; it must be a whole number of at least 1, or None for the whole batch")
     return _create(
-        name, int(classes), tuple(map(int, image_shape)), dtype, mean, std, int(batch_norm_sets), int(bn_groups or 1))
+        name, int(classes), tuple(map(int, image_shape)), dtype, mean, std, int(batch_norm_sets), int(bn_groups or 1),
+        False)
 
 
 # Cached, so that two equal models are one static argument, and what was compiled for the first serves the second.
 @functools.lru_cache(maxsize=None)
-def _create(name, classes, image_shape, dtype, mean, std, sets, bn_groups, checkpointing=False) -> Model:
+def _create(name, classes, image_shape, dtype, mean, std, sets, bn_groups, checkpointing) -> Model:
     module = architectures.module(name, classes, _DTYPES[dtype], checkpointing)
     if min(image_shape[:2]) < (smallest := getattr(module, "smallest_side", 1)):
         raise InputError(
