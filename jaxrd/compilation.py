@@ -25,9 +25,10 @@ def options() -> dict[str, str]:
 
 
 class jit:
-    """`jax.jit` with `options()`, for functions of a module: the backend is asked at the first call and not at the import.
+    """`jax.jit` with `options()`; the backend is asked at the first call, so that a module may compile its functions with it.
 
-    Not for what is called inside other compiled functions: JAX takes such options on the outermost alone.
+    JAX takes such options on the outermost compiled function alone: where this one is traced as a part of another, it goes
+    without.
     """
 
     def __init__(self, function: Callable, **arguments):
@@ -36,13 +37,18 @@ class jit:
         self._function, self._arguments = function, arguments
 
     @functools.cached_property
-    def _compiled(self):
+    def _outermost(self):
         return jax.jit(self._function, compiler_options=options(), **self._arguments)
 
+    @functools.cached_property
+    def _inner(self):
+        return jax.jit(self._function, **self._arguments)
+
     def __call__(self, *arguments, **keywords):
-        return self._compiled(*arguments, **keywords)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arguments, keywords)))
+        return (self._inner if traced else self._outermost)(*arguments, **keywords)
 
     def __getattr__(self, name):
         if name.startswith("__") or name == "_function":
             raise AttributeError(name)
-        return getattr(self._compiled, name)
+        return getattr(self._outermost, name)

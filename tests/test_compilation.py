@@ -36,6 +36,9 @@ def test_jit_is_jax_jit_with_options():
     np.testing.assert_array_equal(donating(given), np.full(3, 2.0))
     assert given.is_deleted()
     assert isinstance(twice.lower(3), jax.stages.Lowered)
+    # Inside of others, where JAX takes no options:
+    assert jax.jit(lambda x: twice(x) + 1)(3.0) == 7 and jax.grad(twice)(3.0) == 2 and "mul" in str(jax.make_jaxpr(twice)(3.0))
+    np.testing.assert_array_equal(jax.vmap(twice)(jnp.arange(3)), [0, 2, 4])
 
 
 def test_an_option_that_the_backend_does_not_know_is_left_out(monkeypatch):

@@ -72,8 +72,8 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
             gradients, batch_stats = jax.lax.with_sharding_constraint((gradients, batch_stats), parallel.replicated(mesh))
         return update(recipe, state, gradients, batch_stats), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings(recipe, mesh), parallel.replicated(mesh)),
-                   compiler_options=compilation.options())
+    return compilation.jit(
+        train_step, donate_argnums=0, out_shardings=(shardings(recipe, mesh), parallel.replicated(mesh)))
 
 
 def shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
