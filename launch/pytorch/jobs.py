@@ -150,7 +150,7 @@ def settle(longest: float = 0.5) -> None:
     """Returns once the threads of this process sleep, or after so many seconds.
 
     A pool's threads watch for more work before they sleep, OpenMP's for about 10 ms: on cores that the other side's turn needs.
-    To have them sleep at once, by OMP_WAIT_POLICY=passive, made PyTorch's own steps 6 to 9 % slower.
+    OMP_WAIT_POLICY=passive, by which they sleep at once, made PyTorch's own steps some 8 % slower.
     """
     began = time.monotonic()
     while time.monotonic() - began < longest:
