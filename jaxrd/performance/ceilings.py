@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrd.performance import timing
 from jaxrd.performance.operations import Layer
 
 SECONDS = 0.2  # of timed calls for each ceiling, at least one call
@@ -67,7 +68,7 @@ def ceilings(
             _FLOP_OF_A_PROGRAM.get(backend, _FLOP_OF_ACCELERATORS_PROGRAM))
         for name, size, operations, function, inputs in programs:
             with jax.default_matmul_precision("tensorfloat32" if precision == "tensorfloat32" else "float32"):
-                compiled = jax.jit(lambda sets, function=function: [function(*one) for one in sets]).lower(inputs).compile()
+                compiled = timing.compiled(lambda sets, function=function: [function(*one) for one in sets], inputs)
             found.append(Ceiling(name, precision, size, len(inputs) * operations / _seconds(compiled, inputs, seconds)))
     return found
 

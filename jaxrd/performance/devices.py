@@ -8,6 +8,7 @@ Ada architecture paper for the RTX 4090; Google Cloud's pages on TPU v3, v4, v5e
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 from jaxrd.errors import InputError
@@ -20,53 +21,47 @@ class Peak:
     """Published peaks of one device, FLOP/s; None where it has no such unit.
 
     Attributes:
-      kinds: what `jax.Device.device_kind` begins with, in small letters.
+      kind: pattern of the whole of `jax.Device.device_kind`, whatever its case.
       bfloat16, tensorfloat32, float32: by what products are computed in.
-      note: what the figures are of, where that is not the whole card.
     """
 
-    kinds: tuple[str, ...]
+    kind: str
     bfloat16: float | None
     tensorfloat32: float | None
     float32: float | None
-    note: str = ""
 
 
-# The first that fits counts, so longer names stand before shorter ones.
+# The first that fits counts.
 PEAKS = (
-    Peak(("nvidia a100",), 312e12, 156e12, 19.5e12),  # "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB"
-    Peak(("nvidia h100 pcie",), 756e12, 378e12, 51e12),
-    Peak(("nvidia h100 nvl", "nvidia h200 nvl"), 835e12, 417e12, 60e12),
-    Peak(("nvidia h100",), 989e12, 494e12, 67e12),  # SXM: "NVIDIA H100 80GB HBM3"
-    Peak(("nvidia h200", "nvidia gh200"), 989e12, 494e12, 67e12),
-    Peak(("nvidia l40s",), 362e12, 183e12, 91.6e12),
-    Peak(("nvidia l4",), 121e12, 60e12, 30.3e12),
-    Peak(("tesla v100-pcie",), None, None, 14e12),  # its tensor cores take float16 alone
-    Peak(("tesla v100",), None, None, 15.7e12),  # "Tesla V100-SXM2-16GB"
-    Peak(("nvidia geforce rtx 4090",), 165e12, 82.6e12, 82.6e12),
-    Peak(("nvidia a10",), 125e12, 62.5e12, 31.2e12),
-    # A float32 product is bfloat16 passes there; "TPU v3" is a device for each of a chip's two cores.
-    Peak(("tpu v3",), 61.5e12, None, None, "one core, half a chip"),
-    Peak(("tpu v4",), 275e12, None, None),
-    Peak(("tpu v5 lite", "tpu v5e"), 197e12, None, None),
-    Peak(("tpu v5", "tpu v5p"), 459e12, None, None),
-    Peak(("tpu v6 lite", "tpu v6e"), 918e12, None, None),
+    Peak("NVIDIA A100[- ].*", 312e12, 156e12, 19.5e12),  # "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"
+    Peak("NVIDIA H100 PCIe", 756e12, 378e12, 51e12),
+    Peak("NVIDIA H[12]00 NVL", 835e12, 417e12, 60e12),
+    Peak("NVIDIA H100( 80GB HBM3)?", 989e12, 494e12, 67e12),  # SXM
+    Peak("NVIDIA (H200|GH200 .*)", 989e12, 494e12, 67e12),
+    Peak("NVIDIA L40S", 362e12, 183e12, 91.6e12),
+    Peak("NVIDIA L4", 121e12, 60e12, 30.3e12),
+    Peak("Tesla V100-SXM2-.*", None, None, 15.7e12),  # its tensor cores take float16 alone
+    Peak("Tesla V100-PCIE-.*", None, None, 14e12),
+    Peak("NVIDIA GeForce RTX 4090", 165e12, 82.6e12, 82.6e12),
+    Peak("NVIDIA A10", 125e12, 62.5e12, 31.2e12),
+    # A float32 product is made of bfloat16 ones there. "TPU v3" is each of the two cores of a chip of 123 TFLOP/s.
+    Peak("TPU v3", 61.5e12, None, None),
+    Peak("TPU v4", 275e12, None, None),
+    Peak("TPU (v5 lite|v5e)", 197e12, None, None),
+    Peak("TPU (v5|v5p)", 459e12, None, None),
+    Peak("TPU (v6 lite|v6e)", 918e12, None, None),
 )
 
 
 def published_peak(kind: str) -> Peak | None:
-    """Returns the published peaks of a device; None where they are not known.
+    """Returns the published peaks of a device; None where they are not known, as for a part of one (MIG).
 
     Args:
       kind: `jax.Device.device_kind`.
     """
-    name = kind.strip().lower()
-    return next((peak for peak in PEAKS if any(_names(name, prefix) for prefix in peak.kinds)), None)
-
-
-def _names(name: str, prefix: str) -> bool:
-    """An "NVIDIA A100" is no "NVIDIA A10", nor an "NVIDIA L40" an "NVIDIA L4"."""
-    return name.startswith(prefix) and not name[len(prefix):len(prefix) + 1].isalnum()
+    if " MIG " in kind:
+        return None
+    return next((peak for peak in PEAKS if re.fullmatch(peak.kind, kind.strip(), re.IGNORECASE)), None)
 
 
 def least_seconds(flop: Mapping[str, float], peaks: Mapping[str, float | None]) -> float | None:
