@@ -1,7 +1,7 @@
 """Times a config's train step, part by part: `python -m launch.benchmark --config=configs/digits.py:ard+igdm`.
 
-Medians with their quartiles, timed in turn, on this machine, with the config's own data, models and batch size; operations of the
-step, by XLA's cost analysis and in closed form, against the device's published peak and against what a product and a
+Medians with their quartiles, timed in turn, on this machine, with the config's own data, models and batch size; operations of
+the step, by XLA's cost analysis and in closed form, against the device's published peak and against what a product and a
 convolution reach here; memory; compilation, from nothing and from a persistent cache that the first one filled. The parts are
 compiled alone, so they need not sum to the step, which XLA fuses as one program. Data that is not there can be random, and a
 teacher that is not there untrained:
@@ -28,7 +28,7 @@ import tempfile
 
 from absl import flags
 
-from launch import benchmark_tables as tables, command, start
+from launch import benchmark_surroundings as surroundings, benchmark_tables as tables, command, start
 
 _REPEATS = flags.DEFINE_integer(
     "repeats", None, "Timed calls of each part; by default 5 to 30, as they take (5 with --attacks, 7 with --input).",
@@ -141,7 +141,7 @@ def methods_of(config) -> dict:
 
 
 def sweeps_of(config) -> dict:
-    """Prints the step time and memory of several numbers of attack steps, or of several batch sizes, and a line through them."""
+    """Prints step time and memory for several numbers of attack steps, or several batch sizes, and a line through them."""
     from jaxrd.performance.steps import line
 
     figures = {}
@@ -195,39 +195,22 @@ def trace_of(config) -> dict:
 
 def attacks_of(config) -> dict:
     """Prints how many images of each attack of AutoAttack a second sees to the end, for images that stay robust."""
-    import dataclasses
-
-    from jaxrd.performance.rates import attack_rates
     from jaxrd.training import loop
 
     _use_fresh_cache()
-    if _RANDOM_IMAGES.value:
-        source = _random_source("random_images", _RANDOM_IMAGES.value)
-    else:
-        source = loop.open_own_data(config)[0].test
-    repeats = _REPEATS.value or 5
-    images, rates = attack_rates(config, source, [name.strip() for name in _ATTACKS.value], repeats)
-    figures = {"student": config.student, "images": images, "norm": config.threat.norm, "repeats": repeats,
-               "attacks": {name: dataclasses.asdict(rate) for name, rate in rates.items()}}
-    tables.attacks(figures)
-    return figures
+    random_images = _RANDOM_IMAGES.value
+    source = _random_source("random_images", random_images) if random_images else loop.open_own_data(config)[0].test
+    return surroundings.attacks(config, source, [name.strip() for name in _ATTACKS.value], _REPEATS.value or 5)
 
 
 def input_of(config) -> dict:
     """Prints how many images a second reach the step: gathered, brought to the devices and augmented, with no step behind."""
-    from jaxrd.performance.rates import input_rates
     from jaxrd.training import loop, parallel
 
-    mesh, repeats = parallel.data_mesh(), _REPEATS.value or 7
+    mesh = parallel.data_mesh()
     parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh)
     source = loop.open_data(config)[1] if _INPUT.value == "data" else _random_source("input", _INPUT.value)
-    rates = input_rates(config, source, mesh, repeats)
-    figures = {"images": len(source), "image_shape": list(source.image_shape), "dtype": str(source.images.dtype),
-               "batch_size": config.training.batch_size, "augmentation": config.to_dict()["data"], "resident": rates.resident,
-               "devices": mesh.size, "batches": rates.batches, "repeats": repeats,
-               "seconds_per_batch": {name: spread.to_dict() for name, spread in rates.seconds.items()}}
-    tables.inputs(figures)
-    return figures
+    return surroundings.inputs(config, source, mesh, _REPEATS.value or 7)
 
 
 def scaling_of(config) -> dict:
@@ -235,47 +218,22 @@ def scaling_of(config) -> dict:
     import jax
 
     from jaxrd.errors import InputError
-    from jaxrd.training import scaling
+    from jaxrd.training import loop
 
     flag, values = ("scaling", _SCALING.value) if _SCALING.value else ("collectives", _COLLECTIVES.value)
     counts = _numbers(flag, values, "1,4,8")
     if flag == "collectives" and max(counts) > jax.device_count():
         raise InputError(f"--collectives={','.join(values)}, but there are {jax.device_count()} devices; add "
                          f"--cpu_devices={max(counts)}")
-    recipe, teacher_variables, mesh = _untrained(config)
+    shape = ("random_images", _RANDOM_IMAGES.value) if _RANDOM_IMAGES.value else ("input", _INPUT.value)
+    source = _random_source(*shape) if shape[1] and shape[1] != "data" else loop.open_data(config)[1]
+    untrained = surroundings.untrained(config, source, _TEACHER_MODEL.value or config.student)
     if flag == "collectives":
-        print(f"{recipe.method.name}, student {config.student}, batch {config.training.batch_size}, "
-              f"{jax.default_backend()}, jax {jax.__version__}\n")
-        print(scaling.collectives_table(recipe, teacher_variables, counts, config.training.batch_size))
-        return {}
-    cost = scaling.step_cost(recipe, mesh, teacher_variables)
-    speeds = _DEVICE_FLOPS.value, _LINK_BYTES.value, _LINK_LATENCY.value
-    tables.cost(cost, recipe, config.student, *speeds)
-    print(scaling.paper_table(cost, [scaling.on_paper(cost, count, _BATCH_PER_DEVICE.value, *speeds) for count in counts]))
-    return {}
-
-
-def _untrained(config):
-    """Returns (recipe, shapes of the teacher's variables, mesh); with a shape of images there need be no data."""
-    import types
-
-    import jax
-
-    from jaxrd import models
-    from jaxrd.training import loop, parallel
-
-    mesh = parallel.data_mesh(jax.devices()[:1])
-    flag = "random_images" if _RANDOM_IMAGES.value else "input"
-    text = _RANDOM_IMAGES.value or _INPUT.value
-    if text and text != "data":
-        source = _random_source(flag, text)
-        dataset = types.SimpleNamespace(train=source)
+        surroundings.collectives(config, *untrained, counts)
     else:
-        dataset, source = loop.open_data(config)
-    teacher = models.create(_TEACHER_MODEL.value or config.student, classes=source.classes, image_shape=source.image_shape)
-    recipe, _ = loop.build_recipe(config, dataset, source.epoch, mesh, teacher=teacher)
-    variables = jax.eval_shape(teacher.init, jax.random.key(0)) if recipe.teacher else None
-    return recipe, variables, mesh
+        surroundings.on_paper(config, *untrained, counts, _BATCH_PER_DEVICE.value, _DEVICE_FLOPS.value, _LINK_BYTES.value,
+                              _LINK_LATENCY.value)
+    return {}
 
 
 def _numbers(flag: str, values: list[str], example: str) -> list[int]:

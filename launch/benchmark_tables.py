@@ -40,8 +40,8 @@ def _operations(figures: dict) -> None:
     xla, closed, devices = counted["xla"], counted["closed_form"], figures["devices"]
     each = f", {xla['matrix_flop'] / devices / 1e9:,.3f} for each device" if xla and devices > 1 else ""
     if xla:
-        print(f"  {'operations, counted by XLA':<{_COLUMN}}{xla['matrix_flop'] / 1e9:9.3f} GFLOP of convolutions and dense layers"
-              f"{each}; {xla['other_flop'] / 1e9:,.3f} of all else")
+        print(f"  {'operations, counted by XLA':<{_COLUMN}}{xla['matrix_flop'] / 1e9:9.3f} GFLOP of convolutions and dense "
+              f"layers{each}; {xla['other_flop'] / 1e9:,.3f} of all else")
         if xla["has_loop_of_unknown_length"]:
             print("  warning: a loop of unknown length is in the step; its body is counted once")
     else:
@@ -57,8 +57,8 @@ def _operations(figures: dict) -> None:
     else:
         print(f"  {'operations, in closed form':<{_COLUMN}}        - not counted: the method differentiates forward or twice")
     if counted["agree"] is False:
-        print(f"  warning: the closed form is {counted['difference']:+.1%} off XLA's count of convolutions and dense layers; what "
-              "is computed twice (gradient checkpointing) or by a layer of another kind is in the latter alone")
+        print(f"  warning: the closed form is {counted['difference']:+.1%} off XLA's count of convolutions and dense layers; "
+              "what is computed twice (gradient checkpointing) or by a layer of another kind is in the latter alone")
     if use["flop_per_second_of_a_device"] is None:
         return
     print(f"  {'reached on each device':<{_COLUMN}}{use['flop_per_second_of_a_device'] / 1e9:9,.1f} GFLOP/s")
@@ -122,10 +122,11 @@ def trace(figures: dict, directory: str) -> None:
     found = figures["trace"]
     wall, events = found["wall_seconds"], sum(found["by_kind_seconds"].values())
     print(f"{_title(figures)}; a trace of {found['steps']} steps in {directory}")
-    pooled = (f"; after convolutions, whose work goes on in a pool of threads, {found['pooled_seconds'] / wall:.1%} more, counted "
-              "as theirs" if found["pooled_seconds"] else "")
+    pooled = (f"; after convolutions, whose work goes on in a pool of threads, {found['pooled_seconds'] / wall:.1%} more, "
+              "counted as theirs" if found["pooled_seconds"] else "")
     rest = 1 - (found["covered_seconds"] + found["pooled_seconds"]) / wall
-    print(f"  {1e3 * wall:.2f} ms a step, of which events cover {found['covered_seconds'] / wall:.1%}{pooled}; {rest:.1%} is in none")
+    print(f"  {1e3 * wall:.2f} ms a step, of which events cover {found['covered_seconds'] / wall:.1%}{pooled}; "
+          f"{rest:.1%} is in none")
     for title, key in (("scope", "by_scope_seconds"), ("kind of operation", "by_kind_seconds")):
         print(f"  by {title}")
         for name, seconds in found[key].items():
@@ -138,8 +139,8 @@ def trace(figures: dict, directory: str) -> None:
 
 def attacks(figures: dict) -> None:
     """Prints the rates of AutoAttack's attacks."""
-    print(f"{figures['student']}, {figures['images']} images a batch, {figures['norm']}, {jax.default_backend()}, {os.cpu_count()} "
-          f"cores; medians of {figures['repeats']}, in turn")
+    print(f"{figures['student']}, {figures['images']} images a batch, {figures['norm']}, {jax.default_backend()}, "
+          f"{os.cpu_count()} cores; medians of {figures['repeats']}, in turn")
     print(f"  {'attack':<12}{'runs':>5}{'forwards':>10}{'backwards':>10}{'ms per image':>14}{'images/s':>10}"
           f"{'compilation':>13}{'cached':>8}")
     total = 0.0

@@ -1,8 +1,8 @@
 """Floating-point operations of a program, by XLA's cost analysis, whatever its loops are compiled to.
 
-XLA counts the body of a loop once, and attack loops stay loops on accelerators. So every equation of the traced program is given
-to XLA with how often it runs: what a loop of known length holds, that many times. For programs without loops it comes to what XLA
-says of the whole. Equations whose results nobody reads are left out, as the compiler leaves them out.
+XLA counts the body of a loop once, and attack loops stay loops on accelerators. So every equation of the traced program is
+given to XLA, and counted as often as it runs: what a loop of known length holds, that many times. For programs without loops it
+comes to what XLA says of the whole. Equations whose results nobody reads are left out, as the compiler leaves them out.
 """
 
 import collections

@@ -23,8 +23,9 @@ def header(workload: Workload) -> dict[str, Any]:
     return {
         "method": recipe.method.name, "student": workload.config.student,
         "teacher": recipe.teacher.name if recipe.teacher else None, "batch_size": workload.batch_size,
-        "micro_batches": recipe.accumulation, "attack_steps": recipe.inner.steps, "image_shape": list(recipe.student.image_shape),
-        "classes": recipe.student.classes, "devices": mesh.size, "device_kind": mesh.local_devices[0].device_kind,
+        "micro_batches": recipe.accumulation, "attack_steps": recipe.inner.steps,
+        "image_shape": list(recipe.student.image_shape), "classes": recipe.student.classes,
+        "devices": mesh.size, "device_kind": mesh.local_devices[0].device_kind,
         "platform": jax.default_backend(), "cores": os.cpu_count(), "environment": loop.environment(),
         "config": workload.config.to_dict()}
 

@@ -9,12 +9,12 @@ of convolutions and dense layers takes, for an image, with F the operations of i
 
 F counts the multiplications and additions whose tap lies inside the image, as XLA does, and the zeros of the padding not; the
 usual count takes those too: `Layer.padded`. Normalisation, activations, losses, augmentation and optimiser are not in it: a
-fraction of a percent of a ResNet-18, a twentieth of the smallest digits networks. Nor is a second forward pass in place of stored
-activations (gradient checkpointing), which the result does not need.
+fraction of a percent of a ResNet-18's step, a twentieth of the smallest digits networks'. Nor is a second forward pass in place
+of stored activations (gradient checkpointing), which the result does not need.
 
-How often a method passes which network is not listed but looked up: the pieces of the step are traced with networks of no layers
-that leave a mark where they are forwarded or differentiated, so that a method of one's own is counted too. What cannot be counted
-so is a network that is differentiated twice, or forward mode: the gradients that +jvp and +direct match.
+How often a method passes which network is not listed but looked up: the pieces of the step are traced with networks of no
+layers that leave a mark where they are forwarded or differentiated, so that a method of one's own is counted too. What cannot
+be counted so is a network that is differentiated twice, or forward mode: the gradients that +jvp and +direct match.
 """
 
 import collections

@@ -4,8 +4,8 @@ A trace names instructions of the compiled program (`fusion.12`); the text of th
 in its metadata, which line of the traced function it comes from and in which named scopes. Both are text: nothing here runs.
 
 What a trace does not say. On CPU the event of a large convolution may end at once, while a pool of threads works on: the time
-after it in which no other event runs is counted as that convolution's, and stated apart. Elsewhere time without an event is time
-in which the device has nothing to do.
+after it in which no other event runs is counted as that convolution's, and stated apart. Elsewhere time without an event is
+time in which the device has nothing to do.
 """
 
 import collections

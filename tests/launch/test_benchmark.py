@@ -26,10 +26,10 @@ def test_the_parts_of_a_step_its_operations_and_what_it_waits_for(tiny_arrays, t
     names = ["augmentation", "attack (1 steps)", "student forward", "student backward, by difference",
              "student loss and gradient", "optimiser and weight average", "whole step", "waiting for input, of it",
              "host until the call returns, of it", "host between two steps, of it", "as in training",
-             "Parts are compiled alone", "operations, counted by XLA", "operations, in closed form", "attack: student 1 forward",
-             "student: student 1 forward, 1 to parameters", "reached on each device", "of the peak",
-             "of what a matrix product reaches", "of what a convolution reaches", "of what its image gradient reaches",
-             "of what its kernel gradient reaches", *["matrix product, ", "convolution, ", "its image ", "its kernel "] * 2,
+             "Parts are compiled alone", "operations, counted by XLA", "operations, in closed form",
+             "attack: student 1 forward", "student: student 1 forward, 1 to parameters", "reached on each device",
+             "of the peak", "of what a matrix product reaches", "of what a convolution reaches",
+             "of what its image gradient reaches", "of what its kernel gradient reaches", *["matrix product, ", "convolution, ", "its image ", "its kernel "] * 2,
              "memory of a step, as planned", "most in use by this process", "compilation"]
     assert [line.strip()[:len(name)] for line, name in zip(out.splitlines()[1:], names, strict=True)] == names
     assert re.search(r"waiting for input, of it +\d+\.\d+ ms .* \d+\.\d\d%", out) and "warning" not in out

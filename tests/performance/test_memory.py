@@ -17,8 +17,8 @@ MUTE = types.SimpleNamespace(platform="tpu", device_kind="TPU v9", memory_stats=
 
 def test_what_fits_passes_and_what_does_not_says_what_it_needs():
     memory.check_fits(100 * 2**30, GPU, "the step")
-    assert_input_error(lambda: memory.check_fits(150 * 2**30, GPU, "the step"), "the step needs 150.0 GiB", "NVIDIA H200 has 100.0",
-                       "batch_size", "accumulation", "gradient_checkpointing=true")
+    assert_input_error(lambda: memory.check_fits(150 * 2**30, GPU, "the step"), "the step needs 150.0 GiB",
+                       "NVIDIA H200 has 100.0", "batch_size", "accumulation", "gradient_checkpointing=true")
     memory.check_fits(None, GPU, "the step")
     memory.check_fits(2**60, MUTE, "the step")  # nobody knows
 
@@ -27,7 +27,8 @@ def test_fake_devices_share_the_memory_of_the_machine():
     cpu, available = jax.devices()[0], memory.host_memory()
     assert cpu.platform == "cpu" and memory.memory_of(cpu) == available > 2**28
     memory.check_fits(available // 2, cpu, "the step")
-    assert_input_error(lambda: memory.check_fits(available // 2, cpu, "the step", devices=3), "3 CPU devices", "this machine has")
+    assert_input_error(lambda: memory.check_fits(available // 2, cpu, "the step", devices=3), "3 CPU devices",
+                       "this machine has")
     memory.check_fits(60 * 2**30, GPU, "the step", devices=3)  # each has its own
 
 

@@ -37,7 +37,8 @@ def test_a_line_goes_through_points_on_one():
 
 
 def opened(tiny_config, mesh=ONE_DEVICE, **overrides):
-    return workload.open_workload(tiny_config(teacher="none", **overrides), mesh, random_images=(8, 8, 1), classes=7, teacher_model="resnet6_w4")
+    return workload.open_workload(tiny_config(teacher="none", **overrides), mesh, random_images=(8, 8, 1), classes=7,
+                                  teacher_model="resnet6_w4")
 
 
 def test_a_step_runs_once_for_each_time(tiny_config):

@@ -25,19 +25,25 @@ PROGRAM = """HloModule jit_train_step, is_scheduled=true
 
 %body (arg: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %arg = (s32[], f32[8,4]{1,0}) parameter(0)
-  %cudnn-conv.2 = (f32[8,4]{1,0}, u8[0]{0}) custom-call(%arg), custom_call_target="__cudnn$convBackwardInput", metadata={op_name="jit(train_step)/attack/while/body/transpose(jvp(ResNet))/conv1/conv_general_dilated"}
+  %cudnn-conv.2 = (f32[8,4]{1,0}, u8[0]{0}) custom-call(%arg), custom_call_target="__cudnn$convBackwardInput", {CONV1}
   %fusion.convert = bf16[8,4]{1,0} fusion(%cudnn-conv.2), kind=kLoop, calls=%fused_convert
 }
 
 ENTRY %main.1 (a: f32[8,4]) -> f32[8,4] {
   %a = f32[8,4]{1,0} parameter(0), metadata={op_name="state.params['teacher']"}
   %while.1 = (s32[], f32[8,4]{1,0}) while(%a), condition=%cond, body=%body, metadata={op_name="jit(train_step)/attack/while"}
-  %gemm_fusion_dot.4 = f32[8,4]{1,0} fusion(%a), kind=kCustom, calls=%fused_add, metadata={op_name="jit(train_step)/teacher/ResNet/linear/dot_general"}, backend_config={"fusion_backend_config":{"kind":"__triton_gemm"}}
+  %gemm_fusion_dot.4 = f32[8,4]{1,0} fusion(%a), kind=kCustom, calls=%fused_add, {LINEAR}
   %loop_add_fusion = f32[8,4]{1,0} fusion(%gemm_fusion_dot.4), kind=kLoop, calls=%fused_add
-  %all-reduce-start.1 = f32[8,4]{1,0:T(8,128)} all-reduce-start(%a), metadata={op_name="jit(train_step)/transpose(jvp(student))/reduce_sum"}
+  %all-reduce-start.1 = f32[8,4]{1,0:T(8,128)} all-reduce-start(%a), {REDUCED}
   ROOT %copy.7 = f32[8,4]{0,1} copy(%a), metadata={op_name="jit(train_step)/optimiser/students/copy"}
 }
 """
+for _mark, _line in {
+        "CONV1": 'metadata={op_name="jit(train_step)/attack/while/body/transpose(jvp(ResNet))/conv1/conv_general_dilated"}',
+        "LINEAR": 'metadata={op_name="jit(train_step)/teacher/ResNet/linear/dot_general"}, '
+                  'backend_config={"fusion_backend_config":{"kind":"__triton_gemm"}}',
+        "REDUCED": 'metadata={op_name="jit(train_step)/transpose(jvp(student))/reduce_sum"}'}.items():
+    PROGRAM = PROGRAM.replace(f"{{{_mark}}}", _line)
 
 
 def event(name, begin, duration, line, operation=None, pid=1):
@@ -67,8 +73,9 @@ def gpu_trace():
 
 def test_instructions_are_told_by_kind_and_by_the_scope_they_come_from():
     found = traces.instructions(PROGRAM)
-    assert {name: (found[name].kind, found[name].scope) for name in (
-        "cudnn-conv.2", "fusion.convert", "while.1", "gemm_fusion_dot.4", "loop_add_fusion", "all-reduce-start.1", "copy.7")} == {
+    named = ("cudnn-conv.2", "fusion.convert", "while.1", "gemm_fusion_dot.4", "loop_add_fusion", "all-reduce-start.1",
+             "copy.7")
+    assert {name: (found[name].kind, found[name].scope) for name in named} == {
         "cudnn-conv.2": ("convolution", "attack"), "fusion.convert": ("copy or transpose", "attack"),
         "while.1": ("control", "attack"), "gemm_fusion_dot.4": ("dot", "teacher"),
         "loop_add_fusion": ("elementwise", "teacher"),  # the compiler's own, of what a teacher gave
