@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from jaxrd import models
-from jaxrd.attacks import loop_unroll
 from jaxrd.errors import InputError
+from jaxrd.performance import counting
 from jaxrd.training import parallel, state as states
 from jaxrd.training.collectives import collectives
 from jaxrd.training.recipe import Recipe, joint_forwards
@@ -46,7 +46,7 @@ class StepCost:
 
 
 def step_cost(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict | None, batch: int = 8) -> StepCost:
-    """Returns the cost of a step from its program, which is lowered and neither compiled nor run.
+    """Returns the cost of a step from its program, which is traced and neither compiled nor run.
 
     Args:
       recipe: the run's, without accumulation.
@@ -55,25 +55,23 @@ def step_cost(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict |
       batch: examples of the program; what it takes for each hardly depends on it.
 
     Raises:
-      InputError: on accelerators, whose programs keep the loop over attack steps; XLA counts its body once.
+      InputError: on a backend that does not count operations.
     """
-    if loop_unroll() is not True:
-        raise InputError(f"operations are counted on CPU, not on {jax.default_backend()}; add --cpu_devices=1")
     state = jax.eval_shape(lambda: states.create(
         recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages))
-    rows = _rows(recipe, (batch,))
-    # All attack steps would take long to lower: they cost the same each.
-    counts = [_flops(dataclasses.replace(recipe, inner=dataclasses.replace(recipe.inner, steps=steps)), mesh, state,
-                     teacher_variables, rows) for steps in (1, 2)]
-    flops = counts[0] + (recipe.inner.steps - 1) * (counts[1] - counts[0])
+    rows = batch_shapes(recipe, (batch,))
 
     def last(variables, images):
         return recipe.student.apply(variables, images, True)[0].sum()
 
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     images = jax.ShapeDtypeStruct((batch, *recipe.student.image_shape), np.float32)
-    views = sum(len(forward) for forward in recipe.method.student_forwards)
-    last_flops = views * _counted(jax.jit(jax.grad(last, allow_int=True)).lower(variables, images))
+    whole, gradient = (
+        counting.operations(make_train_step(recipe, mesh), state, teacher_variables, rows),
+        counting.operations(jax.grad(last, allow_int=True), variables, images))
+    if whole is None or gradient is None:
+        raise InputError(f"operations are not counted on {jax.default_backend()}; add --cpu_devices=1")
+    flops, last_flops = whole.total, sum(len(forward) for forward in recipe.method.student_forwards) * gradient.total
     # Views that are not forwarded together wait for their own.
     forwards = len(joint_forwards(recipe))
     layers = len(jax.tree.leaves(state.batch_stats)) // 2 // recipe.student.batch_norm_sets
@@ -167,7 +165,7 @@ def collectives_table(recipe: Recipe, teacher_variables: dict | None, counts: li
              "| devices | collectives | bytes | of which kernels' gradients | kinds |", "| ---: | ---: | ---: | ---: | --- |"]
     for count in counts:
         mesh = parallel.data_mesh(jax.devices()[:count])
-        program = make_train_step(recipe, mesh).lower(*_abstract(recipe, mesh, shapes, teacher_variables, batch)).compile()
+        program = make_train_step(recipe, mesh).lower(*abstract_arguments(recipe, mesh, teacher_variables, batch)).compile()
         found = collectives(program.as_text())
         kinds = ", ".join(sorted({one.kind for one in found})) or "none"
         reduced = sum(one.bytes_of(kernels) for one in found if one.kind == "all-reduce")
@@ -175,31 +173,33 @@ def collectives_table(recipe: Recipe, teacher_variables: dict | None, counts: li
     return "\n".join(lines)
 
 
-def _abstract(recipe, mesh, state, teacher_variables, batch) -> tuple:
-    """Returns the arguments of a step as shapes with shardings."""
+def abstract_arguments(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict | None, batch: int) -> tuple:
+    """Returns the arguments of a step as shapes with shardings: (state, teacher's variables, batch).
+
+    Args:
+      recipe: the run's.
+      mesh: the devices.
+      teacher_variables: the teacher's, or their shapes; None without a teacher.
+      batch: images of a step.
+    """
     def placed(tree, placement):
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, placement)
 
+    state = jax.eval_shape(lambda: states.create(
+        recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages))
     everywhere = jax.tree.map(lambda _: parallel.replicated(mesh), teacher_variables)
     cut = (batch,) if recipe.accumulation == 1 else (recipe.accumulation, batch // recipe.accumulation)
-    rows = _rows(recipe, cut)
+    found = batch_shapes(recipe, cut)
     split = parallel.sharded(mesh, recipe.accumulation)
     return (placed(state, shardings(recipe, mesh)), placed(teacher_variables, everywhere),
-            placed(rows, dict.fromkeys(rows, split)))
+            placed(found, dict.fromkeys(found, split)))
 
 
-def _rows(recipe: Recipe, cut: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(recipe: Recipe, cut: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch, cut into [batch] or [micro-batches, batch / micro-batches]."""
     images = jax.ShapeDtypeStruct((*cut, *recipe.student.image_shape), np.uint8)
     labels = jax.ShapeDtypeStruct(cut, np.int32)
     roles = ["", *(["partner"] if recipe.augmentation.mixes else []), *(["negative"] if recipe.method.negatives else [])]
     return {name: value for role in roles for name, value in (
         (f"{role or 'image'}s", images), (f"{role}_labels" if role else "labels", labels))}
-
-
-def _flops(recipe, mesh, state, teacher_variables, rows) -> float:
-    return _counted(make_train_step(recipe, mesh).lower(state, teacher_variables, rows))
-
-
-def _counted(lowered: jax.stages.Lowered) -> float:
-    return float((lowered.cost_analysis() or {}).get("flops", 0.0))

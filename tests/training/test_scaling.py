@@ -1,6 +1,7 @@
 """What a step costs and how devices would do on paper, against counts made otherwise and closed forms."""
 
 import dataclasses
+import importlib
 
 import jax
 import numpy as np
@@ -79,6 +80,19 @@ def test_the_table_of_collectives_adds_up():
     assert table[-1].startswith("| 4 | ") and table[-1].endswith(f"| {kernels:,} | all-reduce |")
 
 
-def test_operations_are_counted_on_cpu_alone(monkeypatch):
-    monkeypatch.setattr(scaling, "loop_unroll", lambda: 1)
+def test_loops_that_stay_loops_are_counted_in_full(monkeypatch):
+    """As on accelerators; and a method whose attack cannot be shortened to a step."""
+    mesh, shapes = parallel.data_mesh(jax.devices()[:1]), jax.eval_shape(MODEL.init, jax.random.key(0))
+    unrolled = scaling.step_cost(recipe("rslad", 4), mesh, shapes).flops
+    monkeypatch.setattr(importlib.import_module("jaxrd.attacks.pgd"), "loop_unroll", lambda: 1)
+    assert scaling.step_cost(recipe("rslad", 4), mesh, shapes).flops == pytest.approx(unrolled, rel=1e-6)
+    model = models.create("resnet6_w4", classes=10, image_shape=(8, 8, 1), batch_norm_sets=2)
+    costs = [scaling.step_cost(dataclasses.replace(
+        recipe("path", steps), student=model, method=distillation.method("path", path_points=2)), mesh, shapes).flops
+        for steps in (2, 3)]
+    assert costs[1] > 1.05 * costs[0]
+
+
+def test_a_backend_that_does_not_count_is_named_in_one_line(monkeypatch):
+    monkeypatch.setattr(scaling.counting, "operations", lambda *_: None)
     assert_input_error(lambda: scaling.step_cost(recipe("pgd_at", 1), parallel.data_mesh(), None), "--cpu_devices=1")
