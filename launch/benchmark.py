@@ -14,6 +14,7 @@ In place of the parts of one step:
     python -m launch.benchmark --config=configs/digits.py:ard+igdm --methods=pgd_at,ard,adaad,path      steps side by side
     python -m launch.benchmark --config=configs/digits.py:pgd_at --sweep_attack_steps=1,5,10 --sweep_batch=32,64    is it linear
     python -m launch.benchmark --config=configs/digits.py:pgd_at --trace=runs/trace                     what the time goes into
+    python -m launch.benchmark --config=configs/digits.py:ard+igdm --compare=torch                      in turn with PyTorch
     python -m launch.benchmark --config=configs/digits.py:ard --attacks=apgd-ce,apgd-t,fab-t,square     AutoAttack, images/s
     python -m launch.benchmark --config=configs/cifar10.py:rslad --input=32x32x3                        input alone, images/s
     python -m launch.benchmark --config=configs/cifar10.py:rslad+igdm --scaling=8,64,1024               on paper: nothing is run
@@ -65,6 +66,12 @@ _LINK_LATENCY = flags.DEFINE_float("link_latency", 1e-5, "Seconds for each hop, 
 _BATCH_PER_DEVICE = flags.DEFINE_integer("batch_per_device", 128, "Images for each device, with --scaling.", lower_bound=1)
 _COLLECTIVES = flags.DEFINE_list(
     "collectives", None, "The collectives of the compiled step on so many devices of this process.")
+_COMPARE = flags.DEFINE_enum(
+    "compare", None, ["torch"], "Time the step in turn with the same step in plain PyTorch, on one device (extra: parity).")
+_TORCH_VARIANTS = flags.DEFINE_list(
+    "torch_variants", None, "With --compare: eager, channels_last, bf16, compile, compile+bf16; by default all, on CPU not the last.")
+_TORCH_FORWARDS = flags.DEFINE_enum(
+    "torch_forwards", "least", ["least", "published"], "With --compare: the forwards that are needed, or those of published code.")
 start.define_flags()
 
 
@@ -72,6 +79,10 @@ def main() -> None:
     config = command.config()
     mode = _mode()
     _check_json()
+    if _COMPARE.value:
+        from launch.pytorch import comparison
+        comparison.require_torch()
+        comparison.share_accelerator()
     start.initialize()
     from jaxrd.training import parallel, processes
     parallel.prepare_process()  # as training does
@@ -88,7 +99,8 @@ def _mode():
     modes = [("methods", _METHODS.value, methods_of), ("sweep_attack_steps", _SWEEP_ATTACK_STEPS.value, sweeps_of),
              ("sweep_batch", _SWEEP_BATCH.value, sweeps_of), ("trace", _TRACE.value, trace_of),
              ("attacks", _ATTACKS.value, attacks_of), ("scaling", _SCALING.value, scaling_of),
-             ("collectives", _COLLECTIVES.value, scaling_of), ("input", _INPUT.value, input_of)]
+             ("collectives", _COLLECTIVES.value, scaling_of), ("input", _INPUT.value, input_of),
+             ("compare", _COMPARE.value, torch_of)]
     asked = [(name, mode) for name, value, mode in modes if value]
     if asked and asked[0][1] is scaling_of:
         asked = [one for one in asked if one[0] != "input"]  # which only says the shape there
@@ -114,12 +126,12 @@ def _write_json(figures: dict) -> None:
         write_json(pathlib.Path(_JSON.value), figures)
 
 
-def _workload(config):
+def _workload(config, devices: list | None = None):
     from jaxrd.performance.workload import open_workload
     from jaxrd.training import parallel
 
     shape = _shape("random_images", _RANDOM_IMAGES.value) if _RANDOM_IMAGES.value else None
-    return open_workload(config, parallel.data_mesh(), random_images=shape, classes=_CLASSES.value,
+    return open_workload(config, parallel.data_mesh(devices), random_images=shape, classes=_CLASSES.value,
                          teacher_model=_TEACHER_MODEL.value)
 
 
@@ -178,6 +190,16 @@ def _changed(config, section: str, **values):
 
     old = config.to_dict()
     return Config.from_dict(old | {section: old[section] | values})  # which checks it
+
+
+def torch_of(config) -> dict:
+    """Prints how long the step takes beside PyTorch's."""
+    import jax
+
+    from launch import benchmark_torch
+
+    workload = _workload(config, jax.devices()[:1])
+    return benchmark_torch.compare(workload, _TORCH_VARIANTS.value, _TORCH_FORWARDS.value, _REPEATS.value)
 
 
 def trace_of(config) -> dict:

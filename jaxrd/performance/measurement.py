@@ -100,9 +100,10 @@ def _parts(workload: Workload, repeats: int | None, counted: dict[str, Any]) -> 
 def _operations(workload: Workload) -> dict[str, Any]:
     recipe = dataclasses.replace(workload.recipe, accumulation=1)
     teacher = jax.eval_shape(recipe.teacher.init, jax.random.key(0)) if recipe.teacher else None
-    arguments = scaling.abstract_arguments(recipe, workload.mesh, teacher, workload.batch_size)
+    cached = {"teacher_clean": workload.cached}
+    arguments = scaling.abstract_arguments(recipe, workload.mesh, teacher, workload.batch_size, **cached)
     found = counting.operations(make_train_step(recipe, workload.mesh), *arguments)
-    closed = operations.closed_form(recipe, scaling.batch_shapes(recipe, (workload.batch_size,)))
+    closed = operations.closed_form(recipe, scaling.batch_shapes(recipe, (workload.batch_size,), **cached))
     result: dict[str, Any] = {"xla": None, "closed_form": None, "difference": None, "agree": None}
     if found:
         result["xla"] = {

@@ -4,6 +4,7 @@ The step is compiled from shapes alone, so that one that does not fit into memor
 """
 
 import dataclasses
+import functools
 import time
 import types
 
@@ -15,7 +16,7 @@ from jaxrd.config import Config
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError
 from jaxrd.performance import memory
-from jaxrd.training import loop, parallel, scaling, state as states
+from jaxrd.training import loop, parallel, scaling, state as states, teacher_cache
 from jaxrd.training.feeding import Feeder
 from jaxrd.training.step import Recipe, make_train_step, shardings
 
@@ -45,6 +46,17 @@ class Workload:
     def batch_size(self) -> int:
         return self.config.training.batch_size
 
+    @functools.cached_property
+    def cached(self) -> bool:
+        """Whether a batch comes with the teacher's logits on its images, as in training."""
+        return teacher_cache.applies(self.recipe, self.config, self.source)
+
+    @functools.cached_property
+    def _table(self) -> np.ndarray | None:
+        if not self.cached:
+            return None
+        return teacher_cache.clean_logits(self.recipe, self.teacher_variables, self.source, self.mesh, self.batch_size)
+
     @property
     def description(self) -> str:
         """What to call its step in a message."""
@@ -52,7 +64,8 @@ class Workload:
 
     def shapes(self) -> tuple:
         """Returns the shapes of the step's arguments: (state, teacher's variables, batch)."""
-        return scaling.abstract_arguments(self.recipe, self.mesh, self.teacher_variables, self.batch_size)
+        return scaling.abstract_arguments(
+            self.recipe, self.mesh, self.teacher_variables, self.batch_size, teacher_clean=self.cached)
 
     def compile(self) -> tuple[jax.stages.Compiled, float]:
         """Returns the step, compiled, and the seconds that it took.
@@ -79,7 +92,7 @@ class Workload:
         """Returns its batches, to be used in a `with`."""
         return Feeder(self.source, self.mesh, seed=self.config.seed, batch_size=self.batch_size,
                       partners=self.recipe.augmentation.mixes, negatives=self.recipe.method.negatives,
-                      resident=self.config.data.resident, accumulation=self.recipe.accumulation)
+                      resident=self.config.data.resident, accumulation=self.recipe.accumulation, teacher_clean=self._table)
 
     def batch(self) -> dict[str, jax.Array]:
         """Returns its first batch, on the devices."""

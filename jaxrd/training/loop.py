@@ -27,12 +27,13 @@ from jaxrd.distillation import InnerMaximisation
 from jaxrd.errors import InputError
 from jaxrd.evaluation import robustness
 from jaxrd.files import disk_explained
+from jaxrd.performance import memory
 from jaxrd.training import checkpoint, parallel, processes, schedule, state as states, swa, teacher_cache
 from jaxrd.training.checks import check_batch, check_claim, check_teacher, check_teacher_gradient, claim
 from jaxrd.training.feeding import Feeder
 from jaxrd.training.log import Log, write_json
-from jaxrd.training.snapshots import Snapshots
 from jaxrd.training.recipe import Recipe
+from jaxrd.training.snapshots import Snapshots
 from jaxrd.training.step import make_train_step, shardings
 from jaxrd.training.stopping import StopSignal
 
@@ -127,7 +128,7 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
                 check_batch(recipe.method, train_source.labels[train_source.indices(config.seed, step, batch_size)], step + 1)
             began = time.perf_counter()
             if not log.compiled:
-                train_step = _compiled(train_step, state, teacher_variables, batch)
+                train_step = _compiled(train_step, state, teacher_variables, batch, mesh)
                 if memory := step_memory(train_step):
                     _note_environment(log.workdir, found | {"step_memory": memory})
             state, metrics = train_step(state, teacher_variables, batch)
@@ -175,11 +176,15 @@ def _run(config, dataset, train_source, recipe, teacher_variables, train_step, s
     return state
 
 
-def _compiled(train_step, state, teacher_variables, batch):
-    """Compiles the step ahead of time, for the arguments of all steps."""
+def _compiled(train_step, state, teacher_variables, batch, mesh):
+    """Compiles the step ahead of time, for the arguments of all steps; InputError where it needs more memory than there is."""
     if not hasattr(train_step, "lower"):  # a function around it, that watches or disturbs it
         return train_step
-    return train_step.lower(state, teacher_variables, batch).compile()
+    device = mesh.local_devices[0]
+    with memory.shortage_explained(device, "the train step"):
+        compiled = train_step.lower(state, teacher_variables, batch).compile()
+    memory.check_fits((step_memory(compiled) or {}).get("total"), device, "the train step", devices=len(mesh.local_devices))
+    return compiled
 
 
 def _note_environment(workdir: pathlib.Path, found: dict[str, Any]) -> None:

@@ -173,7 +173,9 @@ def collectives_table(recipe: Recipe, teacher_variables: dict | None, counts: li
     return "\n".join(lines)
 
 
-def abstract_arguments(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict | None, batch: int) -> tuple:
+def abstract_arguments(
+    recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict | None, batch: int, *, teacher_clean: bool = False,
+) -> tuple:
     """Returns the arguments of a step as shapes with shardings: (state, teacher's variables, batch).
 
     Args:
@@ -181,6 +183,7 @@ def abstract_arguments(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variable
       mesh: the devices.
       teacher_variables: the teacher's, or their shapes; None without a teacher.
       batch: images of a step.
+      teacher_clean: the batch comes with the teacher's logits on its images.
     """
     def placed(tree, placement):
         return jax.tree.map(
@@ -190,16 +193,18 @@ def abstract_arguments(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variable
         recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages))
     everywhere = jax.tree.map(lambda _: parallel.replicated(mesh), teacher_variables)
     cut = (batch,) if recipe.accumulation == 1 else (recipe.accumulation, batch // recipe.accumulation)
-    found = batch_shapes(recipe, cut)
+    found = batch_shapes(recipe, cut, teacher_clean)
     split = parallel.sharded(mesh, recipe.accumulation)
     return (placed(state, shardings(recipe, mesh)), placed(teacher_variables, everywhere),
             placed(found, dict.fromkeys(found, split)))
 
 
-def batch_shapes(recipe: Recipe, cut: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a batch, cut into [batch] or [micro-batches, batch / micro-batches]."""
+def batch_shapes(recipe: Recipe, cut: tuple[int, ...], teacher_clean: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch, cut into [batch] or [micro-batches, batch / micro-batches]; see `abstract_arguments`."""
     images = jax.ShapeDtypeStruct((*cut, *recipe.student.image_shape), np.uint8)
     labels = jax.ShapeDtypeStruct(cut, np.int32)
     roles = ["", *(["partner"] if recipe.augmentation.mixes else []), *(["negative"] if recipe.method.negatives else [])]
-    return {name: value for role in roles for name, value in (
+    found = {name: value for role in roles for name, value in (
         (f"{role or 'image'}s", images), (f"{role}_labels" if role else "labels", labels))}
+    logits = jax.ShapeDtypeStruct((*cut, recipe.student.classes), np.float32)
+    return found | ({"teacher_clean": logits} if teacher_clean else {})
