@@ -24,7 +24,7 @@ def parts(
       key: a typed key.
       state: the state of the run.
       teacher_variables: the teacher's; None without one.
-      batch: images and labels, and partners and negatives where the recipe has them.
+      batch: images and labels, partners and negatives where the recipe has them, and "teacher_clean" where it comes with it.
       evaluate: (name, function, *arguments) -> what it gives: how the arguments of the parts behind it come about.
     """
     found = {}
@@ -53,7 +53,8 @@ def parts(
         return steps.update(recipe, *arguments)
 
     (images, labels), (negatives, negative_labels) = add("augmentation", augmentation, key, batch)
-    views, clean = add("attack", attack, key, state, teacher_variables, images, labels, negatives, negative_labels)
+    views, clean = add("attack", attack, key, state, teacher_variables, images, labels, negatives, negative_labels,
+                       batch.get("teacher_clean"))
     logits = {}
     if recipe.method.needs_teacher:
         logits = add("teacher", teacher, teacher_variables, views, clean, labels, negative_labels)

@@ -18,9 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxrd.errors import InputError
+from jaxrd.training.step import SCOPES
 
-# The parts of a train step, as `jax.named_scope` names them there.
-SCOPES = ("augmentation", "attack", "teacher", "student", "optimiser")
 ELSEWHERE = "elsewhere"
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
