@@ -122,9 +122,9 @@ def trace(figures: dict, directory: str) -> None:
     found = figures["trace"]
     wall, events = found["wall_seconds"], sum(found["by_kind_seconds"].values())
     print(f"{_title(figures)}; a trace of {found['steps']} steps in {directory}")
-    pooled = (f"; after convolutions, whose work goes on in a pool of threads, {found['pooled_seconds'] / wall:.1%} more, "
-              "counted as theirs" if found["pooled_seconds"] else "")
-    rest = 1 - (found["covered_seconds"] + found["pooled_seconds"]) / wall
+    pooled = (f"; {found['pooled_seconds'] / wall:.1%} more, in which a pool of threads works on convolutions, count as theirs"
+              if found["pooled_seconds"] else "")
+    rest = max(0.0, 1 - (found["covered_seconds"] + found["pooled_seconds"]) / wall)
     print(f"  {1e3 * wall:.2f} ms a step, of which events cover {found['covered_seconds'] / wall:.1%}{pooled}; "
           f"{rest:.1%} is in none")
     for title, key in (("scope", "by_scope_seconds"), ("kind of operation", "by_kind_seconds")):

@@ -203,11 +203,10 @@ _MARK = "passes"
 
 def _with_marks(recipe: Recipe) -> Recipe:
     """Returns the recipe with networks that compute nothing and leave marks."""
-    plain = {"accumulation": 1, "attack_dtype": None, "gradient_checkpointing": False}
-    known = {field.name for field in dataclasses.fields(recipe)}
+    # A variant of a network, in another dtype or with checkpoints, would be a network of layers again.
     return dataclasses.replace(
         recipe, student=_marked(recipe.student, "student"), teacher=recipe.teacher and _marked(recipe.teacher, "teacher"),
-        **{name: value for name, value in plain.items() if name in known})
+        accumulation=1, attack_dtype=None, gradient_checkpointing=False)
 
 
 def _marked(model: Model, network: str) -> Model:

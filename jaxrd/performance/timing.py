@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrd import compilation
+
 SECONDS = 20.0  # that a comparison may take where nobody says how often to repeat
 LEAST, MOST = 5, 30  # repetitions then
 
@@ -39,7 +41,7 @@ class Spread:
 
 def compiled(function: Callable, *arguments: Any) -> Callable:
     """Returns a part of a step, compiled as the step is, for arguments like these."""
-    return jax.jit(function).lower(*arguments).compile()
+    return jax.jit(function, compiler_options=compilation.options()).lower(*arguments).compile()
 
 
 def in_turn(

@@ -3,9 +3,10 @@
 A trace names instructions of the compiled program (`fusion.12`); the text of that program says what each of them computes and,
 in its metadata, which line of the traced function it comes from and in which named scopes. Both are text: nothing here runs.
 
-What a trace does not say. On CPU the event of a large convolution may end at once, while a pool of threads works on: the time
-after it in which no other event runs is counted as that convolution's, and stated apart. Elsewhere time without an event is
-time in which the device has nothing to do.
+What a trace does not say. On CPU the event of a large convolution may end at once, while a pool of threads works on, beside
+which other instructions run: time in which no event runs is counted as that of the last convolution or product that was
+started, and stated apart, for which one of several in flight it was is not known. Elsewhere time without an event is time in
+which the device has nothing to do.
 """
 
 import collections
@@ -18,9 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxrd.errors import InputError
+from jaxrd.training.step import SCOPES
 
-# The parts of a train step, as `jax.named_scope` names them there.
-SCOPES = ("augmentation", "attack", "teacher", "student", "optimiser")
 ELSEWHERE = "elsewhere"
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
@@ -76,7 +76,7 @@ class Summary:
     Attributes:
       wall: from the first event of a step to its last, over the steps.
       covered: of it, in which an event ran.
-      pooled: of the rest, after a convolution or product whose work goes on in a pool of threads (on CPU).
+      pooled: of the rest, counted as convolutions' and products', whose work goes on in a pool of threads (on CPU).
       by_scope, by_kind: seconds of events by what they are of, the longest first; what ran at once counts for each.
       top: (instruction, seconds, how often, Instruction) of the longest.
     """
@@ -228,7 +228,7 @@ def summarise(
       ran: the events, as `events` gives them.
       known: the program's instructions.
       steps: (start, end) of each step; without, all is one step.
-      pooled: count time without an event as that of the last convolution or product before it, once: on CPU.
+      pooled: count time without an event as that of the last convolution or product that was started: on CPU.
       top: how many instructions to list.
     """
     seconds, times = collections.Counter(), collections.Counter()
@@ -247,7 +247,6 @@ def summarise(
             if gap > 0 and working:
                 seconds[working] += gap
                 waiting += gap
-                working = None
             covered += max(0.0, event.end - max(reached, event.start))
             reached = max(reached, event.end)
             if pooled and known[event.instruction].kind in _POOLED:

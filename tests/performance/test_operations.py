@@ -1,5 +1,7 @@
 """Operations in closed form: layers by hand, passes by the table of test_cost, and the whole against XLA's own count."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -95,6 +97,24 @@ def agree(of, whole=False, batch=4):
     assert expected == pytest.approx(found.of_matrices, rel=1e-3)
     if whole:
         assert expected == pytest.approx(found.total, rel=0.05)
+
+
+def test_what_is_computed_otherwise_takes_the_same_passes_and_xla_sees_how():
+    """bfloat16 in the attack, the student's blocks forwarded once more for the gradient, T(x) from a table."""
+    plain = recipe("rslad")
+    other = dataclasses.replace(plain, attack_dtype="bfloat16", gradient_checkpointing=True)
+    assert closed(other) == closed(plain)
+    counted = {name: counting.operations(step.make_train_step(of, ONE_DEVICE), *shapes(of, 4))
+               for name, of in (("plain", plain), ("other", other))}
+    in_attack = 4 * operations.Passes(2, 2, 0).flop(operations.layers_of(plain.student))
+    assert counted["other"].matrix["bfloat16"] == pytest.approx(in_attack, rel=0.01)
+    assert set(counted["plain"].matrix) == {"float32"}
+    # The stem and the last layer are no blocks.
+    again = counted["other"].of_matrices - counted["plain"].of_matrices
+    blocks = 2 * 4 * sum(layer.flop for layer in operations.layers_of(plain.student)[1:-1])
+    assert 0.5 * blocks < again <= 1.001 * blocks
+    rows = scaling.batch_shapes(plain, (4,)) | {"teacher_clean": jax.ShapeDtypeStruct((4, 10), jnp.float32)}
+    assert set(operations.passes(plain, rows)["attack"]) == {"student"}
 
 
 @pytest.mark.parametrize("name", ["rslad+jvp", "rslad+direct"])
