@@ -21,6 +21,10 @@ One epoch is some 380 steps of 10 forward and backward passes: meant for acceler
 2 % of the training images (1,000) are held out for it; the papers train on all 50,000. IGDM's code takes the last epoch
 (data.selection=last), DGAD's the best by PGD-10 on the test images (data.selection=test).
 
+On accelerators bodies may compute in bfloat16, together or one by one; evaluations stay in float32, and on CPU it is no faster:
+
+    --config.dtype=bfloat16 --config.teacher_dtype=bfloat16 --config.attack.dtype=bfloat16
+
 Large batches, on many devices: the rate in proportion to the batch, after 5 epochs of warm-up (Goyal et al. 2017), or LARS or
 LAMB with a rate of their own, which wants a search; none was made here. Every 5 % of training is a checkpoint:
 

@@ -1,4 +1,4 @@
-"""How XLA is asked to compile the programs that networks run in: options for `jax.jit`, by backend, each for a measured reason."""
+"""How XLA is asked to compile the programs that networks run in: options for `jax.jit` by backend, for measured reasons."""
 
 import functools
 from collections.abc import Callable

@@ -69,9 +69,9 @@ _COLLECTIVES = flags.DEFINE_list(
 _COMPARE = flags.DEFINE_enum(
     "compare", None, ["torch"], "Time the step in turn with the same step in plain PyTorch, on one device (extra: parity).")
 _TORCH_VARIANTS = flags.DEFINE_list(
-    "torch_variants", None, "With --compare: eager, channels_last, bf16, compile, compile+bf16; by default all, on CPU not the last.")
+    "torch_variants", None, "With --compare: eager, channels_last, bf16, compile, compile+bf16; all, on CPU but the last.")
 _TORCH_FORWARDS = flags.DEFINE_enum(
-    "torch_forwards", "least", ["least", "published"], "With --compare: the forwards that are needed, or those of published code.")
+    "torch_forwards", "least", ["least", "published"], "With --compare: the forwards that are needed, or published code's.")
 start.define_flags()
 
 

@@ -46,17 +46,17 @@ def compare(workload, variants: list[str] | None, flavour: str, turns: int | Non
 
     with comparison.TorchSteps(job) as torch_steps:
         facts = torch_steps.facts
-        print(f"{workload.description}, teacher {job.teacher or 'none'}, {job.attack_steps} attack steps; jax {jax.__version__} on "
-              f"{jax.devices()[0].device_kind}, PyTorch {facts['torch']} on {facts['device']} with {facts['threads']} threads, "
-              f"forwards: {flavour}", flush=True)
+        print(f"{workload.description}, teacher {job.teacher or 'none'}, {job.attack_steps} attack steps; jax {jax.__version__} "
+              f"on {jax.devices()[0].device_kind}, PyTorch {facts['torch']} on {facts['device']} with {facts['threads']} "
+              f"threads, forwards: {flavour}", flush=True)
         warm_up = torch_steps.warm_up()
         seconds = comparison.compare(ours, torch_steps, turns or _LEAST_TURNS)
         found = comparison.ratios(seconds)
         for line in comparison.table(seconds, warm_up, torch_steps.errors):
             print(line)
-        print(f"  medians of {len(seconds[comparison.OURS])} turns; above 1: jaxrd is faster. PyTorch's step has no augmentation, "
-              "metrics or input")
+        print(f"  medians of {len(seconds[comparison.OURS])} turns; above 1: jaxrd is faster. PyTorch's step has no "
+              "augmentation, metrics or input")
         return header(workload) | {
             "compilation_seconds": compilation, "pytorch": dataclasses.asdict(job) | facts, "seconds": seconds,
-            "pytorch_first_step_seconds": warm_up, "pytorch_errors": torch_steps.errors, "pytorch_peak_bytes": torch_steps.memory,
-            "ratios": {name: ratio._asdict() for name, ratio in found.items()}}
+            "pytorch_first_step_seconds": warm_up, "pytorch_errors": torch_steps.errors,
+            "pytorch_peak_bytes": torch_steps.memory, "ratios": {name: ratio._asdict() for name, ratio in found.items()}}

@@ -31,8 +31,8 @@ class Model:
       image_shape: (height, width, channels) of one image.
       init: init(key) -> variables {"params": ..., "batch_stats": ...}, all float32.
       apply: apply(variables, images, train, batch_norm_set=0, views=(True,)) -> (logits [batch, classes] float32, new
-        batch_stats), for images [batch, height, width, channels] float in [0, 1]. `train` is a Python bool: True normalises by the batch and
-        returns updated statistics, False normalises by the running statistics and returns them unchanged.
+        batch_stats), for images [batch, height, width, channels] float in [0, 1]. `train` is a Python bool: True normalises by
+        the batch and returns updated statistics, False normalises by the running statistics and returns them unchanged.
         `batch_norm_set` is a Python int: whose scale, bias and statistics are used, and moved; those of other sets are
         returned as they are. Raises InputError where the images have another shape or are integers, where there is no
         such set, or where `train` and `bn_groups` do not divide the batch.

@@ -28,7 +28,8 @@ class Feeder:
     A batch is {"images": uint8 or float32 [batch, h, w, c], "labels": int32 [batch]}, split over "data"; with `accumulation`
     its micro-batches, [accumulation, batch / accumulation, ...], each split over "data". With `partners`
     it also has "partners" and "partner_labels" (`Source.partners`), with `negatives` "negatives" and "negative_labels"
-    (`Source.negatives`), shaped likewise, with `teacher_clean` the rows of that table under this name. A process gathers the rows of its own devices only.
+    (`Source.negatives`), shaped likewise, with `teacher_clean` the rows of that table under this name. A process gathers the
+    rows of its own devices only.
 
     With `resident` the whole source lies on every device, and a step's positions are all that travels; without, the rows
     are gathered on the host and travel while the step before runs. The batches are the same.
@@ -161,7 +162,9 @@ class ResidentGather:
         self._gather = gather
 
     def __call__(self, positions: Array) -> tuple[Array, ...]:
-        """Returns the images, the labels and the rows of what else there is at `positions` int32, [batch] or cut into micro-batches, split over "data"."""
+        """Returns images, labels and rows of what else there is at `positions` int32, [batch] or cut into micro-batches, split
+        over "data".
+        """
         return self._gather(self._rows, positions)
 
     def lowered(self, positions: Array) -> jax.stages.Lowered:

@@ -33,7 +33,9 @@ def applies(recipe: Recipe, config: Config, source: Source) -> bool:
     return recipe.reads_teacher_on_clean and bool(asked or unasked)
 
 
-def clean_logits(recipe: Recipe, teacher_variables: dict, source: Source, mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
+def clean_logits(
+    recipe: Recipe, teacher_variables: dict, source: Source, mesh: jax.sharding.Mesh, batch_size: int,
+) -> np.ndarray:
     """Returns the teacher's logits on every image of a source, float32 [n, classes].
 
     Of several processes all make this call; each computes its share.

@@ -1,8 +1,10 @@
 """`python -m launch.benchmark`: it runs, and what it prints is of the configuration that it was given; no number is judged."""
 
 import json
+import os
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 
@@ -11,11 +13,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def benchmark(*arguments):
+def benchmark(*arguments, environment=None):
     done = subprocess.run(
         [sys.executable, "-m", "launch.benchmark", "--config=configs/digits.py:pgd_at", "--config.student=resnet6_w4",
          "--config.attack.steps=1", "--config.training.batch_size=16", "--repeats=1", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=300)
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | (environment or {}))
     return done.returncode, done.stdout, done.stderr
 
 
@@ -29,7 +31,8 @@ def test_the_parts_of_a_step_its_operations_and_what_it_waits_for(tiny_arrays, t
              "Parts are compiled alone", "operations, counted by XLA", "operations, in closed form",
              "attack: student 1 forward", "student: student 1 forward, 1 to parameters", "reached on each device",
              "of the peak", "of what a matrix product reaches", "of what a convolution reaches",
-             "of what its image gradient reaches", "of what its kernel gradient reaches", *["matrix product, ", "convolution, ", "its image ", "its kernel "] * 2,
+             "of what its image gradient reaches", "of what its kernel gradient reaches",
+             *["matrix product, ", "convolution, ", "its image ", "its kernel "] * 2,
              "memory of a step, as planned", "most in use by this process", "compilation"]
     assert [line.strip()[:len(name)] for line, name in zip(out.splitlines()[1:], names, strict=True)] == names
     assert re.search(r"waiting for input, of it +\d+\.\d+ ms .* \d+\.\d\d%", out) and "warning" not in out
@@ -111,3 +114,41 @@ def test_a_shape_that_is_none_is_one_line():
     for shape in ("32x32", "32x0x3", "axbxc"):
         status, _, error = benchmark(f"--input={shape}")
         assert status == 1 and error.startswith(f"error: --input={shape}") and "32x32x3" in error and error.count("\n") == 1
+
+
+def test_in_turn_with_pytorch(tiny_arrays, tmp_path):
+    pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[parity]'")
+    status, out, error = benchmark(
+        f"--config.data.arrays={tiny_arrays}", "--config.data.examples=None", "--compare=torch", "--torch_variants=eager,bf16",
+        "--repeats=3", f"--json={tmp_path / 'figures.json'}")
+    assert status == 0, error
+    assert "PyTorch 2" in out and "teacher none" in out
+    rows = re.findall(r"^  (jaxrd|eager|bf16) +([\d.]+) +([\d.]+)x", out, re.M)
+    assert [name for name, _, _ in rows] == ["jaxrd", "eager", "bf16"]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {name: len(seconds) for name, seconds in figures["seconds"].items()} == {"jaxrd": 3, "eager": 3, "bf16": 3}
+    by_turn = [theirs / ours for ours, theirs in zip(figures["seconds"]["jaxrd"], figures["seconds"]["eager"])]
+    assert figures["ratios"]["eager"]["ratio"] == pytest.approx(statistics.median(by_turn))
+    assert figures["pytorch"]["method"] == "pgd_at" and figures["pytorch_errors"] == {}
+
+
+@pytest.mark.parametrize("arguments, mentions", [
+    (["--config.method=path"], ["--compare=torch", "path", "ard"]),
+    (["--config.threat.norm=l2"], ["--compare=torch", "config.threat.norm is l2"]),
+    (["--torch_variants=fast"], ["fast", "channels_last"]),
+])
+def test_what_pytorch_does_not_have_is_one_line(tiny_arrays, arguments, mentions):
+    pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[parity]'")
+    status, _, error = benchmark(f"--config.data.arrays={tiny_arrays}", "--config.data.examples=None", "--compare=torch",
+                                 "--teacher_model=resnet6_w4", *arguments)
+    assert status != 0 and error.startswith("error: ") and len(error.strip().splitlines()) == 1
+    for mention in mentions:
+        assert mention in error
+
+
+def test_without_pytorch_the_comparison_says_how_to_get_it(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as util\nfind = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n")
+    status, _, error = benchmark("--compare=torch", environment={"PYTHONPATH": str(tmp_path)})
+    assert status != 0 and error == "error: --compare=torch needs PyTorch; pip install -e '.[parity]'\n"
