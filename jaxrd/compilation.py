@@ -1,4 +1,8 @@
-"""How XLA is asked to compile the programs that networks run in: options for `jax.jit` by backend, for measured reasons."""
+"""How XLA is asked to compile the train step: options for `jax.jit` by backend, for measured reasons.
+
+Evaluation goes without them: its attacks leave points on the very boundary of a decision, and a network that is compiled
+otherwise rounds otherwise there. What an attack says of a point is what a user's own forward says.
+"""
 
 import functools
 from collections.abc import Callable

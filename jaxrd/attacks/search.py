@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrd import compilation, objectives
+from jaxrd import objectives
 from jaxrd.attacks.network import LogitsFn, Network, as_network, classes_of
 from jaxrd.attacks.pgd import loop_unroll
 from jaxrd.attacks.results import AttackResult
@@ -389,27 +389,27 @@ def _put(batch, mesh: Mesh | None):
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
 
 
-@functools.partial(compilation.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _start(search, network, batch, threat):
     state = search.start(network, batch, threat)
     return {name: value for name, value in state.items() if name != "zero_gradient"}, state.get(
         "zero_gradient", jnp.zeros(batch["labels"].shape, bool))
 
 
-@functools.partial(compilation.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _advance(search, network, state, rows, threat):
     if len(jax.tree.leaves(rows)[0]) == 1:  # a scan of one step is compiled as a loop all the same
         return search.step(network, state, jax.tree.map(lambda row: row[0], rows), threat)
     return jax.lax.scan(lambda state, row: (search.step(network, state, row, threat), None), state, rows)[0]
 
 
-@functools.partial(compilation.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _finish(search, network, state, threat):
     result = search.finish(network, state, threat)
     return result, state["finite"] & ~jnp.isnan(result.loss)  # a finish that forwards says so by its loss
 
 
-@functools.partial(compilation.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _clean(search, network, batch):
     logits = network(batch["images"], batch["key"])
     return *judged(logits, batch["labels"]), search.value(logits, batch["labels"])
@@ -428,6 +428,6 @@ def fold(keys: Array, *numbers: int) -> Array:
     return keys
 
 
-@compilation.jit
+@jax.jit
 def _correct(network, batch):
     return judged(network(batch["images"], batch["key"]), batch["labels"])

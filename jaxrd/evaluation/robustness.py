@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxrd import compilation, models
+from jaxrd import models
 from jaxrd.attacks import AutoAttackResult
 from jaxrd.attacks.autoattack import prepare
 from jaxrd.attacks.iterated import Ascent
@@ -304,6 +304,6 @@ def predictions(model: Model, variables: dict, images: np.ndarray) -> np.ndarray
     return np.asarray(_predict(model, shares.local(variables), jnp.asarray(images)))
 
 
-@functools.partial(compilation.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def _predict(model, variables, images) -> Array:
     return jnp.argmax(model.apply(variables, images, train=False)[0], axis=-1)

@@ -224,7 +224,7 @@ def test_weights_that_took_the_place_of_others_are_measured_anew(workdir, file):
         checkpoint.save_variables(workdir, variables | {"params": weights}, {
             "config": origin["config"], "model": model.specification})
         accuracy.append(evaluate(workdir, data=file)[file]["accuracy"]["clean"])
-    assert accuracy[0] > 0.5 > accuracy[1]
+    assert accuracy[0] > 0.3 > accuracy[1]
 
 
 def test_a_call_that_was_killed_goes_on(workdir, file, prepared):
@@ -255,13 +255,15 @@ def test_a_pattern_stands_for_all_that_is_prepared_and_nothing_is_evaluated_twic
 
 def test_the_first_few_images_never_pass_for_all_of_them(workdir, file, images):
     whole = evaluate(workdir, data=file)[file]
-    few = evaluate(workdir, "clean,pgd20", data=file, examples=20)
-    assert list(few) == [f"{file}[:20]"] and set(content(workdir)["other_data"]) == {file, f"{file}[:20]"}
-    data = few[f"{file}[:20]"]["data"]
-    assert (data["examples"], data["of"], data["name"]) == (20, 60, f"{file}[:20]")
     expected = correct(workdir, *images)
-    assert few[f"{file}[:20]"]["accuracy"]["clean"] == pytest.approx(expected[:20].mean())
-    assert whole["accuracy"]["clean"] == pytest.approx(expected.mean()) != expected[:20].mean()
+    count = next(count for count in (20, 40) if expected[:count].mean() != expected.mean())  # another accuracy
+    name = f"{file}[:{count}]"
+    few = evaluate(workdir, "clean,pgd20", data=file, examples=count)
+    assert list(few) == [name] and set(content(workdir)["other_data"]) == {file, name}
+    data = few[name]["data"]
+    assert (data["examples"], data["of"], data["name"]) == (count, 60, name)
+    assert few[name]["accuracy"]["clean"] == pytest.approx(expected[:count].mean())
+    assert whole["accuracy"]["clean"] == pytest.approx(expected.mean())
     assert list(evaluate(workdir, data=file, examples=60)) == [file]  # that is all of them
 
 

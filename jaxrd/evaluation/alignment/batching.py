@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from jaxrd import compilation
 from jaxrd.attacks.network import traced
 from jaxrd.attacks.search import check_count
 from jaxrd.errors import InputError
@@ -91,7 +90,7 @@ def _compiled(function, example) -> Callable[..., Any]:
     # The arrays that it closes over would be constants of the compiled program: a second copy of a model's weights.
     closed, structure = traced(function, example), jax.tree.structure(jax.eval_shape(function, *example))
 
-    @compilation.jit
+    @jax.jit
     def apply(constants, *arrays):
         with_constants = jax.extend.core.ClosedJaxpr(closed.jaxpr, constants)
         return jax.tree.unflatten(structure, jax.extend.core.jaxpr_as_fun(with_constants)(*arrays))
@@ -99,6 +98,6 @@ def _compiled(function, example) -> Callable[..., Any]:
     return functools.partial(apply, closed.consts)
 
 
-@compilation.jit
+@jax.jit
 def _apply(function: Partial, *arrays):
     return function(*arrays)
