@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 
 @functools.cache
@@ -49,7 +50,9 @@ class jit:
         return jax.jit(self._function, **self._arguments)
 
     def __call__(self, *arguments, **keywords):
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arguments, keywords)))
+        # Traced where an argument says so, or where arithmetic on nothing gives a tracer: the arguments may all be constants.
+        leaves = [*jax.tree.leaves((arguments, keywords)), jnp.add(0, 0)]
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
         return (self._inner if traced else self._outermost)(*arguments, **keywords)
 
     def __getattr__(self, name):

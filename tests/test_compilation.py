@@ -39,6 +39,7 @@ def test_jit_is_jax_jit_with_options():
     # Inside of others, where JAX takes no options:
     assert jax.jit(lambda x: twice(x) + 1)(3.0) == 7 and jax.grad(twice)(3.0) == 2 and "mul" in str(jax.make_jaxpr(twice)(3.0))
     np.testing.assert_array_equal(jax.vmap(twice)(jnp.arange(3)), [0, 2, 4])
+    assert jax.jit(lambda: twice(3.0))() == 6 and jax.eval_shape(lambda: twice(3.0)).shape == ()  # of constants
 
 
 def test_an_option_that_the_backend_does_not_know_is_left_out(monkeypatch):

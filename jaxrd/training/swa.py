@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from jaxrd import compilation, models
+from jaxrd import models
 from jaxrd.config import Config
 from jaxrd.data.source import Source
 from jaxrd.training import step as steps
@@ -70,7 +70,7 @@ def _forwarded(recipe, averaged, teacher_variables, source, config, mesh, batch_
             yield from _points(recipe, index, averaged, teacher_variables, batch)
 
 
-@functools.partial(compilation.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _points(recipe, index, averaged, teacher_variables, batch) -> list[Array]:
     """Returns what the student forwards in train mode through BatchNorm set 0, moving its statistics: one array each."""
     key = jax.random.fold_in(jax.random.fold_in(averaged.key, _STATISTICS), index)

@@ -101,7 +101,8 @@ def test_statistics_are_those_of_the_average_on_what_training_forwards(run, conf
     for step in (2, 6):  # also on the way, for validation
         state = saved(run, step)
         expected = measured_statistics(run[3].student, state.average["params"], adversarial(run, config, state))
-        assert_close(state.average["batch_stats"], expected, atol=1e-4)
+        # Another program takes another sign where a gradient is rounding: a pixel by two steps of 0.05.
+        assert_close(state.average["batch_stats"], expected, atol=5e-4)
     first = saved(run, 1)
     assert_close(first.average["batch_stats"], first.batch_stats, atol=0)
 
