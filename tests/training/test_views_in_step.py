@@ -1,5 +1,6 @@
 """What the step makes of views that are more than a forward: BatchNorm sets, joint forwards, readouts other than logits."""
 
+import dataclasses
 import functools
 
 import jax
@@ -168,7 +169,7 @@ def test_the_jvp_term_is_the_limit_of_igdm_in_the_step():
     found = {}
     for module in ("igdm", "jvp"):
         recipe, state, teacher_variables, batch = setting(f"ard+{module}")
-        recipe = step.dataclasses.replace(recipe, inner=small)
+        recipe = dataclasses.replace(recipe, inner=small)
         found[module] = gradients(recipe, state, teacher_variables, batch)[3][module]
     np.testing.assert_allclose(found["igdm"], found["jvp"], rtol=0.02)
 
