@@ -29,33 +29,20 @@ def options() -> dict[str, str]:
     return chosen
 
 
-class jit:
-    """`jax.jit` with `options()`; the backend is asked at the first call, so that a module may compile its functions with it.
+def jit(function: Callable, **arguments) -> Callable:
+    """Returns `jax.jit(function, **arguments)` with `options()`.
 
     JAX takes such options on the outermost compiled function alone: where this one is traced as a part of another, it goes
     without.
     """
+    outermost, inner = jax.jit(function, compiler_options=options(), **arguments), jax.jit(function, **arguments)
 
-    def __init__(self, function: Callable, **arguments):
-        """Takes what `jax.jit` takes."""
-        functools.update_wrapper(self, function)
-        self._function, self._arguments = function, arguments
-
-    @functools.cached_property
-    def _outermost(self):
-        return jax.jit(self._function, compiler_options=options(), **self._arguments)
-
-    @functools.cached_property
-    def _inner(self):
-        return jax.jit(self._function, **self._arguments)
-
-    def __call__(self, *arguments, **keywords):
+    @functools.wraps(function)
+    def call(*positional, **keywords):
         # Traced where an argument says so, or where arithmetic on nothing gives a tracer: the arguments may all be constants.
-        leaves = [*jax.tree.leaves((arguments, keywords)), jnp.add(0, 0)]
+        leaves = [*jax.tree.leaves((positional, keywords)), jnp.add(0, 0)]
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-        return (self._inner if traced else self._outermost)(*arguments, **keywords)
+        return (inner if traced else outermost)(*positional, **keywords)
 
-    def __getattr__(self, name):
-        if name.startswith("__") or name == "_function":
-            raise AttributeError(name)
-        return getattr(self._outermost, name)
+    call.lower = outermost.lower
+    return call

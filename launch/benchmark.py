@@ -229,10 +229,8 @@ def input_of(config) -> dict:
     """Prints how many images a second reach the step: gathered, brought to the devices and augmented, with no step behind."""
     from jaxrd.training import loop, parallel
 
-    mesh = parallel.data_mesh()
-    parallel.check_batch_size("config.training.batch_size", config.training.batch_size, mesh)
     source = loop.open_data(config)[1] if _INPUT.value == "data" else _random_source("input", _INPUT.value)
-    return surroundings.inputs(config, source, mesh, _REPEATS.value or 7)
+    return surroundings.inputs(config, source, parallel.data_mesh(), _REPEATS.value or 7)
 
 
 def scaling_of(config) -> dict:

@@ -55,7 +55,7 @@ def compare(workload, variants: list[str] | None, flavour: str, turns: int | Non
         for line in comparison.table(seconds, warm_up, torch_steps.errors):
             print(line)
         print(f"  medians of {len(seconds[comparison.OURS])} turns; above 1: jaxrd is faster. PyTorch's step has no "
-              "augmentation, metrics or input")
+              "augmentation, metrics or input" + ("; jaxrd's has T(x) from a table" if workload.cached else ""))
         return header(workload) | {
             "compilation_seconds": compilation, "pytorch": dataclasses.asdict(job) | facts, "seconds": seconds,
             "pytorch_first_step_seconds": warm_up, "pytorch_errors": torch_steps.errors,

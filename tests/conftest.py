@@ -37,6 +37,24 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def exact_products():
+    """Accelerators round float32 products to fewer bits by default."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture
+def one_torch_thread():
+    """Several of PyTorch's wait for each other longer than small networks take."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_arrays(tmp_path_factory):
     """"train.npz,test.npz": 200 and 40 of scikit-learn's digits, as `config.data.arrays` takes them."""

@@ -182,12 +182,8 @@ def variant(model: Model, *, dtype: str | None = None, gradient_checkpointing: b
         raise InputError(
             f'model "{model.name}" was not made by models.create, so neither its dtype nor what it keeps for the backward pass '
             "can be chosen here; make it as it is to be, and leave both at their defaults")
-    return _create(own["name"], own["classes"], tuple(own["image_shape"]), dtype or own["dtype"], _tupled(own["mean"]),
-                   _tupled(own["std"]), own["batch_norm_sets"], own["bn_groups"] or 1, gradient_checkpointing)
-
-
-def _tupled(values):
-    return values if values is None else tuple(values)
+    return _create(own["name"], own["classes"], own["image_shape"], dtype or own["dtype"], own["mean"], own["std"],
+                   own["batch_norm_sets"], own["bn_groups"] or 1, gradient_checkpointing)
 
 
 def logits_fn(model: Model, variables: Variables) -> Partial:

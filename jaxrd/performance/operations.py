@@ -27,7 +27,6 @@ import jax.numpy as jnp
 
 from jaxrd.models.zoo import Model
 from jaxrd.performance import counting, pieces
-from jaxrd.training import state as states
 from jaxrd.training.step import Recipe
 
 Array = jax.Array
@@ -169,8 +168,7 @@ def passes(recipe: Recipe, rows: dict[str, jax.ShapeDtypeStruct]) -> dict[str, d
       recipe, rows: as for `closed_form`.
     """
     marked = _with_marks(recipe)
-    state = jax.eval_shape(lambda: states.create(
-        marked.student, marked.optimizer, jax.random.key(0), weight_average=False))
+    state = marked.state_shapes
     teacher = jax.eval_shape(marked.teacher.init, jax.random.key(0)) if marked.teacher else None
     inputs = pieces.of_shapes(marked, state, teacher, rows)
     batch, found = rows["labels"].shape[0], {}

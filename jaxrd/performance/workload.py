@@ -83,8 +83,7 @@ class Workload:
 
     def state(self) -> states.TrainState:
         """Returns a fresh state, on the devices."""
-        state = states.create(self.recipe.student, self.recipe.optimizer, jax.random.key(self.config.seed),
-                              weight_average=self.recipe.averages)
+        state = self.recipe.fresh_state(jax.random.key(self.config.seed))
         return parallel.replicate(state, self.mesh, shardings(self.recipe, self.mesh))
 
     def feeder(self) -> Feeder:

@@ -79,9 +79,7 @@ def train(config: Config, workdir: str | pathlib.Path, *, devices: list | None =
     with processes.together():
         claim(workdir, config)
     # 4. A fresh state: where a new run begins, and the shape of what a checkpoint must hold.
-    state = states.create(
-        recipe.student, recipe.optimizer, jax.random.key(config.seed), weight_average=recipe.averages)
-    state = parallel.replicate(state, mesh, shardings(recipe, mesh))
+    state = parallel.replicate(recipe.fresh_state(jax.random.key(config.seed)), mesh, shardings(recipe, mesh))
     keep_every = config.intervals(train_source.epoch).keep_every
     with checkpoint.Checkpoints(workdir, keep=config.training.keep, keep_every=keep_every) as checkpoints:
         # 5. The newest checkpoint, where there is one, in place of the fresh state.

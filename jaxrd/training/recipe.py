@@ -13,7 +13,9 @@ from jaxrd.distillation.inner_maximisation import InnerMaximisation
 from jaxrd.distillation.views import View
 from jaxrd.errors import InputError, one_line
 from jaxrd.models.zoo import Model
+from jaxrd.training import state as states
 from jaxrd.training.snapshots import Snapshots
+from jaxrd.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,15 @@ class Recipe:
     def averages(self) -> bool:
         """Whether the state holds an average of the weights."""
         return self.weight_average > 0 or self.snapshots is not None
+
+    def fresh_state(self, key: jax.Array) -> TrainState:
+        """Returns the state before the first step, drawn from a typed key."""
+        return states.create(self.student, self.optimizer, key, weight_average=self.averages)
+
+    @property
+    def state_shapes(self) -> TrainState:
+        """The shapes of the state; nothing is drawn."""
+        return jax.eval_shape(lambda: self.fresh_state(jax.random.key(0)))
 
     @property
     def attacked_student(self) -> Model:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxrd import models
 from jaxrd.errors import InputError
 from jaxrd.performance import counting
-from jaxrd.training import parallel, state as states
+from jaxrd.training import parallel
 from jaxrd.training.collectives import collectives
 from jaxrd.training.recipe import Recipe, joint_forwards
 from jaxrd.training.step import make_train_step, shardings
@@ -57,8 +57,7 @@ def step_cost(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict |
     Raises:
       InputError: on a backend that does not count operations.
     """
-    state = jax.eval_shape(lambda: states.create(
-        recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages))
+    state = recipe.state_shapes
     rows = batch_shapes(recipe, (batch,))
 
     def last(variables, images):
@@ -157,8 +156,7 @@ def collectives_table(recipe: Recipe, teacher_variables: dict | None, counts: li
       counts: numbers of devices.
       batch: images of a step, which each of them divides.
     """
-    shapes = jax.eval_shape(lambda: states.create(
-        recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages))
+    shapes = recipe.state_shapes
     kernels = [leaf.shape for leaf in jax.tree.leaves(shapes.params) if len(leaf.shape) > 1]
     lines = [f"Parameters: {4 * models.parameter_count({'params': shapes.params}):,} bytes, of which kernels "
              f"{sum(4 * math.prod(shape) for shape in kernels):,}.", "",
@@ -189,8 +187,7 @@ def abstract_arguments(
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, placement)
 
-    state = jax.eval_shape(lambda: states.create(
-        recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages))
+    state = recipe.state_shapes
     everywhere = jax.tree.map(lambda _: parallel.replicated(mesh), teacher_variables)
     cut = (batch,) if recipe.accumulation == 1 else (recipe.accumulation, batch // recipe.accumulation)
     found = batch_shapes(recipe, cut, teacher_clean)

@@ -25,7 +25,7 @@ from jaxrd.distillation.weight_perturbation import perturb_weights
 from jaxrd.errors import InputError
 from jaxrd.models.zoo import Model
 from jaxrd.threat import MicroBatchKey, derived, example_keys
-from jaxrd.training import parallel, state as states
+from jaxrd.training import parallel
 from jaxrd.training.recipe import Recipe, joint_forwards, probe_soft_labels
 from jaxrd.training.state import TrainState
 
@@ -79,8 +79,7 @@ def make_train_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
 def shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns how the state of a run lies on the devices, a tree of shardings."""
     everywhere = parallel.replicated(mesh)
-    shapes = jax.eval_shape(lambda: states.create(
-        recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages))
+    shapes = recipe.state_shapes
     whole = jax.tree.map(lambda _: everywhere, shapes)
     if not recipe.shard_state:
         return whole

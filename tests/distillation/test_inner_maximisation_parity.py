@@ -14,6 +14,7 @@ from jaxrd.distillation.inner_maximisation import path_attack
 
 torch = pytest.importorskip("torch", reason="parity with the attacks as published needs torch, which jaxrd does not")
 F = torch.nn.functional
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 BATCH, SHAPE, CLASSES = 12, (4, 4, 3), 5
 STEPS, WATCHED = 10, (1, 2, 3, 4, 10)
@@ -52,15 +53,6 @@ def float64():
     """Else the sign of a gradient that is nearly zero would be a matter of rounding."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """Several wait for each other longer than these networks take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ours(model, points):

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch, wh
 # After the line that skips where there is no torch.
 from launch.pytorch import networks, steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "exact_products", "one_torch_thread")
 BATCH, SHAPE, CLASSES = 8, (8, 8, 3), 5
 GENERATOR = np.random.default_rng(0)
 IMAGES = GENERATOR.uniform(0, 1, (BATCH, *SHAPE)).astype(np.float32)
@@ -30,21 +30,6 @@ JOB = jobs.Job("pgd_at", "resnet6_w8", None, CLASSES, SHAPE, BATCH, attack_steps
 TEACHER = "wrn10_1"
 METHODS = pytest.mark.parametrize("name", jobs.METHODS)
 FLAVOURS = pytest.mark.parametrize("flavour", jobs.FLAVOURS)
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """Several wait for each other longer than these networks take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

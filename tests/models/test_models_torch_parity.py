@@ -66,21 +66,7 @@ CLASSES = SMALL | FULL | HUGE
 SMALL_SIZES = [pytest.param(name, marks=[pytest.mark.slow] * (name == "dm_wrn70_1")) for name in SMALL]
 SIZES = [*SMALL_SIZES, *(pytest.param(name, marks=pytest.mark.slow) for name in FULL)]
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):  # Accelerators round float32 products to fewer bits by default.
-        yield
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_compilation", "exact_products", "one_torch_thread")
 
 
 @pytest.mark.parametrize("name, classes", [*((name, 10) for name in CLASSES), ("dm_wrn28_10", 100), ("resnet18", 200)])

@@ -1,13 +1,16 @@
 """The public PyTorch classes of every architecture, written anew from their published layers: what jaxrd's are compared with.
 
 Their state dicts have the keys of the public ones, in the order in which those register them. Width, depth and classes are
-free. The published classes pool with a fixed window, 8x8 in the wide ResNets and 4x4 in the others, which is the whole image
-for 32x32 pixels; `pool=None` pools over the whole image whatever its size. This module needs torch.
+free. The blocks of the ResNets are those that `launch.pytorch` times. The published classes pool with a fixed window, 8x8 in the
+wide ResNets and 4x4 in the others, which is the whole image for 32x32 pixels; `pool=None` pools over the whole image whatever
+its size. This module needs torch.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from launch.pytorch.networks import BasicBlock, Bottleneck, shortcut
 
 # (expansion, channels that come out, blocks, stride of the first block)
 MOBILENET_GROUPS = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
@@ -26,48 +29,6 @@ def strides(blocks, first):
 
 def pooled(x, window):
     return functional.adaptive_avg_pool2d(x, 1) if window is None else functional.avg_pool2d(x, window)
-
-
-class BasicBlock(nn.Module):
-    expansion = 1
-
-    def __init__(self, inputs, width, stride):
-        super().__init__()
-        self.conv1 = convolution(inputs, width, 3, stride)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = convolution(width, width, 3)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = projection(inputs, width, stride)
-
-    def forward(self, x):
-        out = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
-
-
-class Bottleneck(nn.Module):
-    expansion = 4
-
-    def __init__(self, inputs, width, stride):
-        super().__init__()
-        self.conv1 = convolution(inputs, width, 1)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = convolution(width, width, 3, stride)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = convolution(width, 4 * width, 1)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.shortcut = projection(inputs, 4 * width, stride)
-
-    def forward(self, x):
-        out = functional.relu(self.bn1(self.conv1(x)))
-        out = functional.relu(self.bn2(self.conv2(out)))
-        return functional.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
-
-
-def projection(inputs, outputs, stride):
-    """Returns the shortcut of the post-activation networks: 1x1 convolution and BatchNorm where the shape changes."""
-    if stride == 1 and inputs == outputs:
-        return nn.Sequential()
-    return nn.Sequential(convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
 
 class ResNet(nn.Module):
@@ -304,7 +265,7 @@ class InvertedResidual(nn.Module):
         self.bn2 = nn.BatchNorm2d(inner)
         self.conv3 = convolution(inner, outputs, 1)
         self.bn3 = nn.BatchNorm2d(outputs)
-        self.shortcut = projection(inputs, outputs, 1) if stride == 1 else nn.Sequential()
+        self.shortcut = shortcut(inputs, outputs, 1) if stride == 1 else nn.Sequential()
         self.stride = stride
 
     def forward(self, x):

@@ -11,7 +11,7 @@ import pytest
 
 from jaxrd import ThreatModel, data, distillation, models
 from jaxrd.data.augment import Augmentation, to_float
-from jaxrd.training import loop, parallel, step, teacher_cache
+from jaxrd.training import loop, parallel, state as states, step, teacher_cache
 from jaxrd.training.feeding import Feeder
 from tests.support import assert_input_error
 from tests.training.test_cost import BATCH, K, SHAPE, Counter
@@ -65,7 +65,7 @@ def test_forwards_of_the_teacher(name, without, with_table):
         student, teacher = Counter(), Counter()
         of = recipe(name, method=method, student=student.model, teacher=teacher.model,
                     inner=distillation.InnerMaximisation(ThreatModel("linf", 0.1), 0.03, K))
-        state = step.states.create(student.model, of.optimizer, jax.random.key(0), weight_average=False)
+        state = states.create(student.model, of.optimizer, jax.random.key(0), weight_average=False)
         images = jnp.asarray(np.random.default_rng(0).uniform(size=(BATCH, *SHAPE)), jnp.float32)
         rows = {"teacher_clean": teacher.model.apply(variables := teacher.model.init(jax.random.key(1)), images, False)[0]}
         teacher.forwards[False] = 0
