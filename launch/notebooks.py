@@ -64,6 +64,9 @@ def execute(path: pathlib.Path, directory: pathlib.Path, timeout: int = 600):
         notebook = nbformat.read(path, as_version=4)
     except Exception as error:  # nbformat's own for what is no notebook, json's, the file system's
         raise InputError(f"{path.name} cannot be read as a notebook: {str(error).splitlines()[0]}") from None
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # what is left after a failure is of this execution
+            cell.outputs, cell.execution_count = [], None
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     client = nbclient.NotebookClient(
         notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True,

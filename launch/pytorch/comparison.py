@@ -52,7 +52,7 @@ def job_of(config, recipe, **options) -> Job:
     method, inner = recipe.method, recipe.inner
     base = method.name.partition("+")[0]
     defaults = {field.name: field.default for field in dataclasses.fields(config.method)}
-    for name, default in defaults.items():
+    for name, default in defaults.items() if method.name in jobs.METHODS else ():  # of an unknown method its name is at fault
         # The method's own options; what presets say of running statistics does not change a step's arithmetic.
         if name.startswith((f"{base}_", "igdm_")) and name != "igdm_ramp" or name == "attack":
             _refuse_unless(f"method.{name}", getattr(config.method, name), default)

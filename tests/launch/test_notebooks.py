@@ -129,12 +129,12 @@ def test_without_the_extra_it_is_one_line():
     check_one_line((done.returncode, done.stdout, done.stderr), "nbclient", "pip install -e '.[notebooks]'")
 
 
-def notebook_of(*sources):
-    """A notebook of these code cells, as nbformat writes one."""
+def notebook_of(*sources, executed=False):
+    """A notebook of these code cells, as nbformat writes one: fresh, or as it is after an execution."""
     return json.dumps({
         "nbformat": 4, "nbformat_minor": 5, "metadata": {},
         "cells": [{"cell_type": "code", "id": f"c{number}", "metadata": {}, "source": source, "outputs": [],
-                   "execution_count": None} for number, source in enumerate(sources)]})
+                   "execution_count": number + 1 if executed else None} for number, source in enumerate(sources)]})
 
 
 # Executed in a process of its own, whose kernel's sockets are none of pytest's business.
@@ -172,9 +172,10 @@ def test_it_executes_in_a_directory_and_writes_the_outputs(tmp_path):
 
 
 @needs_the_extra
-def test_a_failing_cell_is_named_and_nothing_is_written(tmp_path):
+@pytest.mark.parametrize("executed", [False, True])
+def test_a_failing_cell_is_named_and_nothing_is_written(tmp_path, executed):
     path = tmp_path / "some.ipynb"
-    path.write_text(notebook_of("x = 1", "# three\ny = x / 0", "print('never')"))
+    path.write_text(notebook_of("x = 1", "# three\ny = x / 0", "print('never')", executed=executed))
     before = path.read_bytes()
     said = execute(path)
     assert said.count("\n") == 1 and said.startswith("some, code cell 2 (# three): ZeroDivisionError")
