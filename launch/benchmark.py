@@ -83,6 +83,9 @@ def main() -> None:
         from launch.pytorch import comparison
         comparison.require_torch()
         comparison.share_accelerator()
+    if _TRACE.value:
+        # On GPUs: kernels that XLA starts together, as one graph, have no instruction's name in a trace.
+        start.add_xla_flag("--xla_gpu_enable_command_buffer=")
     start.initialize()
     from jaxrd.training import parallel, processes
     parallel.prepare_process()  # as training does
@@ -217,19 +220,19 @@ def trace_of(config) -> dict:
 
 def attacks_of(config) -> dict:
     """Prints how many images of each attack of AutoAttack a second sees to the end, for images that stay robust."""
-    from jaxrd.training import loop
+    from jaxrd.training import opening
 
     _use_fresh_cache()
     random_images = _RANDOM_IMAGES.value
-    source = _random_source("random_images", random_images) if random_images else loop.open_own_data(config)[0].test
+    source = _random_source("random_images", random_images) if random_images else opening.open_own_data(config)[0].test
     return surroundings.attacks(config, source, [name.strip() for name in _ATTACKS.value], _REPEATS.value or 5)
 
 
 def input_of(config) -> dict:
     """Prints how many images a second reach the step: gathered, brought to the devices and augmented, with no step behind."""
-    from jaxrd.training import loop, parallel
+    from jaxrd.training import opening, parallel
 
-    source = loop.open_data(config)[1] if _INPUT.value == "data" else _random_source("input", _INPUT.value)
+    source = opening.open_data(config)[1] if _INPUT.value == "data" else _random_source("input", _INPUT.value)
     return surroundings.inputs(config, source, parallel.data_mesh(), _REPEATS.value or 7)
 
 
@@ -238,7 +241,7 @@ def scaling_of(config) -> dict:
     import jax
 
     from jaxrd.errors import InputError
-    from jaxrd.training import loop
+    from jaxrd.training import opening
 
     flag, values = ("scaling", _SCALING.value) if _SCALING.value else ("collectives", _COLLECTIVES.value)
     counts = _numbers(flag, values, "1,4,8")
@@ -246,7 +249,7 @@ def scaling_of(config) -> dict:
         raise InputError(f"--collectives={','.join(values)}, but there are {jax.device_count()} devices; add "
                          f"--cpu_devices={max(counts)}")
     shape = ("random_images", _RANDOM_IMAGES.value) if _RANDOM_IMAGES.value else ("input", _INPUT.value)
-    source = _random_source(*shape) if shape[1] and shape[1] != "data" else loop.open_data(config)[1]
+    source = _random_source(*shape) if shape[1] and shape[1] != "data" else opening.open_data(config)[1]
     untrained = surroundings.untrained(config, source, _TEACHER_MODEL.value or config.student)
     if flag == "collectives":
         surroundings.collectives(config, *untrained, counts)

@@ -36,11 +36,11 @@ def untrained(config, source, teacher_model: str) -> tuple:
     import jax
 
     from jaxrd import models
-    from jaxrd.training import loop, parallel
+    from jaxrd.training import opening, parallel
 
     mesh = parallel.data_mesh(jax.devices()[:1])
     teacher = models.create(teacher_model, classes=source.classes, image_shape=source.image_shape)
-    recipe, _ = loop.build_recipe(config, types.SimpleNamespace(train=source), source.epoch, mesh, teacher=teacher)
+    recipe, _ = opening.build_recipe(config, types.SimpleNamespace(train=source), source.epoch, mesh, teacher=teacher)
     return recipe, jax.eval_shape(teacher.init, jax.random.key(0)) if recipe.teacher else None, mesh
 
 

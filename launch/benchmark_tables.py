@@ -45,7 +45,7 @@ def _operations(figures: dict) -> None:
         if xla["has_loop_of_unknown_length"]:
             print("  warning: a loop of unknown length is in the step; its body is counted once")
     else:
-        print(f"  {'operations, counted by XLA':<{_COLUMN}}        - this backend does not count")
+        print(f"  {'operations, counted by XLA':<{_COLUMN}}        - JAX_PLATFORMS leaves out the CPU, which counts")
     if closed:
         print(f"  {'operations, in closed form':<{_COLUMN}}{closed['flop'] / 1e9:9.3f} GFLOP of the same "
               f"({closed['with_padding_flop'] / 1e9:,.3f} with the zeros of the padding, as is usual)")
@@ -68,7 +68,7 @@ def _operations(figures: dict) -> None:
         print(f"  {'of the peak':<{_COLUMN}}        - {why}: give --peak_flops")
     elif use["of_peak"] is None:
         print(f"  {'of the peak':<{_COLUMN}}        - no published peak of '{kind}' in "
-              f"{' and '.join(counted['xla']['matrix_flop_by_precision'])}: give --peak_flops")
+              f"{' and '.join(use['precisions'])}: give --peak_flops")
     else:
         known = ", ".join(f"{name} {value / 1e12:,.4g}" for name, value in use["peak_flop_per_second"].items())
         print(f"  {'of the peak':<{_COLUMN}}{use['of_peak']:9.1%} ({known} TFLOP/s)")

@@ -5,6 +5,7 @@ import os
 
 import jax
 
+from jaxrd.errors import InputError
 from launch.pytorch import comparison
 
 _LEAST_TURNS = 5
@@ -31,31 +32,41 @@ def compare(workload, variants: list[str] | None, flavour: str, turns: int | Non
     Raises:
       InputError: the configuration has what the PyTorch side does not.
     """
+    from jaxrd.performance.counting import precision_of
     from jaxrd.performance.measurement import header
 
+    backend, config = jax.default_backend(), workload.config
+    if backend not in ("cpu", "gpu"):
+        raise InputError(f"--compare=torch compares on one and the same device, a GPU or a CPU, and JAX runs on {backend}; "
+                         "set JAX_PLATFORMS=cpu to compare on this machine's CPU")
     job = comparison.job_of(
-        workload.config, workload.recipe, variants=variants_of(variants), flavour=flavour,
-        device="cuda" if jax.default_backend() == "gpu" else "cpu", threads=len(os.sched_getaffinity(0)))
+        config, workload.recipe, variants=variants_of(variants), flavour=flavour,
+        device="cuda" if backend == "gpu" else "cpu", threads=len(os.sched_getaffinity(0)))
     step, compilation = workload.compile()
     state, batch = workload.state(), workload.batch()
 
-    def ours():
+    def ours(times):
         nonlocal state
-        state, metrics = step(state, workload.teacher_variables, batch)
+        for _ in range(times):
+            state, metrics = step(state, workload.teacher_variables, batch)
         jax.block_until_ready((state, metrics))
 
+    precisions = {name: precision_of(dtype) for name, dtype in workload.recipe.dtypes.items()}
+    alike = len({*precisions.values()}) == 1
+    in_words = precisions["student"] if alike else ", ".join(map(": ".join, precisions.items()))
     with comparison.TorchSteps(job) as torch_steps:
         facts = torch_steps.facts
         print(f"{workload.description}, teacher {job.teacher or 'none'}, {job.attack_steps} attack steps; jax {jax.__version__} "
-              f"on {jax.devices()[0].device_kind}, PyTorch {facts['torch']} on {facts['device']} with {facts['threads']} "
-              f"threads, forwards: {flavour}", flush=True)
+              f"on {jax.devices()[0].device_kind}, products in {in_words}; PyTorch {facts['torch']} on {facts['device']} with "
+              f"{facts['threads']} threads, forwards: {flavour}", flush=True)
         warm_up = torch_steps.warm_up()
         seconds = comparison.compare(ours, torch_steps, turns or _LEAST_TURNS)
         found = comparison.ratios(seconds)
         for line in comparison.table(seconds, warm_up, torch_steps.errors):
             print(line)
+        table = "; jaxrd's has T(x) from a table" if workload.cached else ""
         print(f"  medians of {len(seconds[comparison.OURS])} turns; above 1: jaxrd is faster. PyTorch's step has no "
-              "augmentation, metrics or input" + ("; jaxrd's has T(x) from a table" if workload.cached else ""))
+              f"augmentation, metrics or input{table}")
         return header(workload) | {
             "compilation_seconds": compilation, "pytorch": dataclasses.asdict(job) | facts, "seconds": seconds,
             "pytorch_first_step_seconds": warm_up, "pytorch_errors": torch_steps.errors,

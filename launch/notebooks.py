@@ -11,7 +11,6 @@ once. Its outputs are written back into it, without times, so that what changes 
 import functools
 import os
 import pathlib
-import sys
 import tempfile
 import time
 

@@ -25,10 +25,15 @@ def initialize() -> None:
     from jaxrd.training import startup
 
     values = flags.FLAGS
-    if values.deterministic:  # XLA reads it when the first backend starts
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    if values.deterministic:
+        add_xla_flag("--xla_gpu_deterministic_ops=true")
     startup.initialize(values.coordinator, values.processes, values.process_id, local_devices=values.cpu_devices,
                        timeout=values.start_timeout)
+
+
+def add_xla_flag(flag: str) -> None:
+    """Adds to what XLA reads when the first backend starts."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def supposed_process_id() -> int:

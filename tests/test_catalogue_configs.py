@@ -6,7 +6,7 @@ import tensorflow_datasets as tfds
 from configs import cifar10, cifar100, svhn, tiny_imagenet
 from jaxrd.config import Config
 from jaxrd.errors import InputError
-from jaxrd.training import loop
+from jaxrd.training import loop, opening
 from jaxrd.training.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -32,7 +32,7 @@ def test_every_catalogue_config_trains_without_preparation_under_mock_data(name,
         teacher = small(file.get_config("teacher").to_dict())
         state = loop.train(teacher, tmp_path / "teacher")
         assert int(state.step) == 2
-        dataset, source = loop.open_data(teacher)
+        dataset, source = opening.open_data(teacher)
         assert source.image_shape == shape and source.classes == classes
         assert len(source) == 94 and len(dataset.validation) == 2 and len(dataset.test) == 96
         student = small(file.get_config("rslad+igdm").to_dict(), teacher=str(tmp_path / "teacher"))

@@ -17,7 +17,7 @@ from jaxrd.evaluation.subject import Subject
 from jaxrd.training import checkpoint, parallel, processes
 from jaxrd.training.checks import check_teacher
 from jaxrd.training.log import read_metrics
-from jaxrd.training.loop import open_own_data
+from jaxrd.training.opening import open_own_data
 
 ATTACKS = "clean,fgsm,pgd20,cw30,autoattack"
 _GALLERY_ATTACK = measures.ADVERSARIAL_ATTACK
@@ -196,7 +196,7 @@ def _open_teacher(subject: Subject, teacher: str, tell) -> tuple[str, models.Mod
 
 def _cost_of_training(workdir, batch_size: int) -> dict[str, float]:
     """Returns "seconds_per_step", the median pace of training as its log has it, without compilation and validation, and
-    "step_memory", the bytes that a step takes on each device (see `loop.step_memory`); of both what is known.
+    "step_memory", the bytes that a step takes on each device (see `memory.planned`); of both what is known.
     """
     entries, cost = read_metrics(workdir / "metrics.jsonl"), {}
     if pace := [entry["images_per_second"] for entry in entries if is_number(entry.get("images_per_second"))]:

@@ -22,7 +22,7 @@ _FLOP = {"cpu": 2e9}
 _FLOP_OF_ACCELERATORS = 1e12
 # An accelerator is done with one small convolution before the next is started: so many operations go into one program.
 _FLOP_OF_A_PROGRAM = {"cpu": 0.0}
-_FLOP_OF_ACCELERATORS_PROGRAM = 5e10
+_FLOP_OF_ACCELERATORS_PROGRAM = 5e11
 _MOST_OF_A_PROGRAM = 32
 _NUMBERS = ("NHWC", "HWIO", "NHWC")
 

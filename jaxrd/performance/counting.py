@@ -14,6 +14,7 @@ import jax
 
 # What takes place in a matrix unit, where there is one.
 MATRIX_PRIMITIVES = {"conv_general_dilated": "convolution", "dot_general": "dense"}
+_NOT_COUNTED = ("while", "sharding_constraint")  # a loop whose body stands beside it, and what speaks of devices alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,8 @@ def operations(function: Callable, *arguments: Any, platform: str | None = None)
         default backend.
 
     Returns:
-      None where the backend does not count.
+      None where nobody counts: on accelerators JAX has no count before compilation, and JAX_PLATFORMS may leave out the CPU,
+      which counts for them.
     """
     groups, endless = collections.defaultdict(list), False
     for equation, times in equations(jax.make_jaxpr(function)(*arguments).jaxpr):
@@ -71,15 +73,25 @@ def precision(equation, platform: str | None = None) -> str | None:
     """Returns what a convolution or matrix product is computed in; None for any other equation."""
     if equation.primitive.name not in MATRIX_PRIMITIVES:
         return None
-    dtype = str(equation.invars[0].aval.dtype)
-    if dtype != "float32":
-        return dtype
     asked = equation.params.get("precision")
     asked = str(asked[0] if isinstance(asked, tuple) else asked).rpartition(".")[2].upper()  # of both operands, which are alike
-    by_default = {"gpu": "tensorfloat32", "cuda": "tensorfloat32", "tpu": "bfloat16"}
+    return precision_of(str(equation.invars[0].aval.dtype), asked, platform)
+
+
+def precision_of(dtype: str, asked: str = "DEFAULT", platform: str | None = None) -> str:
+    """Returns what a product of this dtype is computed in.
+
+    Args:
+      dtype: of its operands.
+      asked: JAX's name of the precision that was asked for.
+      platform: "gpu", "tpu" or "cpu"; None for the default backend.
+    """
+    platform = platform or jax.default_backend()
+    if dtype != "float32":
+        return dtype
     if asked in ("NONE", "DEFAULT"):
-        return by_default.get(platform or jax.default_backend(), "float32")
-    if asked in ("HIGH", "TF32_TF32_F32") and (platform or jax.default_backend()) != "cpu":
+        return {"gpu": "tensorfloat32", "cuda": "tensorfloat32", "tpu": "bfloat16"}.get(platform, "float32")
+    if asked in ("HIGH", "TF32_TF32_F32") and platform != "cpu":
         return "tensorfloat32"
     return "bfloat16" if asked.startswith("BF16_BF16_F32") else "float32"
 
@@ -148,15 +160,16 @@ def _is_variable(value) -> bool:
 
 
 def _counted(members: list) -> float | None:
-    """Returns XLA's count of these equations, each once: of a program that has them next to each other."""
-    members = [equation for equation in members if equation.primitive.name != "while"]
+    """Returns XLA's count of these equations, each once: of a program for the CPU that has them next to each other."""
+    members = [equation for equation in members if equation.primitive.name not in _NOT_COUNTED]
     shapes = [[jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype) for value in equation.invars] for equation in members]
 
     def program(inputs):
         return [equation.primitive.bind(*values, **equation.params) for equation, values in zip(members, inputs, strict=True)]
 
     try:
-        found = jax.jit(program).lower(shapes).cost_analysis()
-    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            found = jax.jit(program).lower(shapes).cost_analysis()
+    except (NotImplementedError, RuntimeError):  # RuntimeError: no such backend, or XLA's own
         return None
     return None if found is None else float(found.get("flops", 0.0))

@@ -11,7 +11,8 @@ import jax
 
 from jaxrd.performance import ceilings as ceiling, counting, devices, memory, operations, pieces, steps, timing
 from jaxrd.performance.workload import Workload
-from jaxrd.training import loop, scaling
+from jaxrd.training import scaling
+from jaxrd.training.environment import environment
 from jaxrd.training.step import make_train_step
 
 AGREE = 0.05  # by which the two counts of operations may differ
@@ -23,10 +24,10 @@ def header(workload: Workload) -> dict[str, Any]:
     return {
         "method": recipe.method.name, "student": workload.config.student,
         "teacher": recipe.teacher.name if recipe.teacher else None, "batch_size": workload.batch_size,
-        "micro_batches": recipe.accumulation, "attack_steps": recipe.inner.steps,
+        "dtypes": recipe.dtypes, "micro_batches": recipe.accumulation, "attack_steps": recipe.inner.steps,
         "image_shape": list(recipe.student.image_shape), "classes": recipe.student.classes,
         "devices": mesh.size, "device_kind": mesh.local_devices[0].device_kind,
-        "platform": jax.default_backend(), "cores": os.cpu_count(), "environment": loop.environment(),
+        "platform": jax.default_backend(), "cores": os.cpu_count(), "environment": environment(),
         "config": workload.config.to_dict()}
 
 
@@ -53,12 +54,12 @@ def measure(
     figures["operations"] = of_step = _operations(workload)
     device = workload.mesh.local_devices[0]
     with memory.shortage_explained(device, workload.description):
-        figures["parts"] = _parts(workload, repeats, of_step)
         times = steps.step_times(workload, step, repeats)
+        figures["memory"] = _memory(step, device)  # before the parts, which hold more at once than the step does
+        figures["parts"] = _parts(workload, repeats, of_step)
     figures["step"] = {name: getattr(times, name).to_dict() for name in (
         "whole", "input_wait", "dispatch", "between", "in_training")}
     figures["images_per_second"] = workload.batch_size / times.in_training.median
-    figures["memory"] = _memory(step, device)
     measured = []
     if with_ceilings:
         layers = operations.layers_of(workload.recipe.student)
@@ -100,10 +101,10 @@ def _parts(workload: Workload, repeats: int | None, counted: dict[str, Any]) -> 
 def _operations(workload: Workload) -> dict[str, Any]:
     recipe = dataclasses.replace(workload.recipe, accumulation=1)
     teacher = jax.eval_shape(recipe.teacher.init, jax.random.key(0)) if recipe.teacher else None
-    cached = {"teacher_clean": workload.cached}
-    arguments = scaling.abstract_arguments(recipe, workload.mesh, teacher, workload.batch_size, **cached)
+    comes = {"teacher_clean": workload.cached, "pixels": workload.source.images.dtype}
+    arguments = scaling.abstract_arguments(recipe, workload.mesh, teacher, workload.batch_size, **comes)
     found = counting.operations(make_train_step(recipe, workload.mesh), *arguments)
-    closed = operations.closed_form(recipe, scaling.batch_shapes(recipe, (workload.batch_size,), **cached))
+    closed = operations.closed_form(recipe, scaling.batch_shapes(recipe, (workload.batch_size,), **comes))
     result: dict[str, Any] = {"xla": None, "closed_form": None, "difference": None, "agree": None}
     if found:
         result["xla"] = {
@@ -122,7 +123,7 @@ def _operations(workload: Workload) -> dict[str, Any]:
 
 
 def _memory(step: jax.stages.Compiled, device: jax.Device) -> dict[str, Any]:
-    planned, peak = loop.step_memory(step) or {}, memory.peak_in_use(device)
+    planned, peak = memory.planned(step) or {}, memory.peak_in_use(device)
     found: dict[str, Any] = {f"planned_{name}_bytes": size for name, size in planned.items()}
     if peak:
         found[f"peak_of_{peak[1]}_bytes"] = peak[0]
@@ -132,10 +133,12 @@ def _memory(step: jax.stages.Compiled, device: jax.Device) -> dict[str, Any]:
 def _utilisation(workload, counted, peaks, measured, seconds) -> dict[str, Any]:
     """Returns the part of a peak, and of measured ceilings, that a step on each device comes to."""
     flop = counted["xla"]["matrix_flop_by_precision"] if counted["xla"] else None
-    if flop is None and counted["closed_form"]:
-        flop = {"float32": counted["closed_form"]["flop"]}
+    dtypes = {*workload.recipe.dtypes.values()}
+    if flop is None and counted["closed_form"] and len(dtypes) == 1 and None not in dtypes:
+        flop = {counting.precision_of(*dtypes): counted["closed_form"]["flop"]}
     if flop is None:
-        return {"flop_per_second_of_a_device": None, "peak_flop_per_second": peaks, "of_peak": None, "of_ceiling": {}}
+        return {"flop_per_second_of_a_device": None, "precisions": [], "peak_flop_per_second": peaks, "of_peak": None,
+                "of_ceiling": {}}
     each = {kind: count / workload.mesh.size for kind, count in flop.items()}
 
     def part(speeds):
@@ -144,7 +147,7 @@ def _utilisation(workload, counted, peaks, measured, seconds) -> dict[str, Any]:
 
     operations_timed = dict.fromkeys(one.operation for one in measured)
     return {
-        "flop_per_second_of_a_device": sum(each.values()) / seconds, "peak_flop_per_second": peaks,
+        "flop_per_second_of_a_device": sum(each.values()) / seconds, "precisions": list(each), "peak_flop_per_second": peaks,
         "of_peak": part(peaks) if peaks else None,
         "of_ceiling": {operation: part({one.precision: one.flop_per_second for one in measured if one.operation == operation})
                        for operation in operations_timed}}

@@ -19,11 +19,47 @@ except ImportError:  # Windows
 WAYS_OUT = "a smaller config.training.batch_size, config.training.accumulation, or config.training.gradient_checkpointing=true"
 
 
+def compile_within(program, arguments: tuple, devices: list[jax.Device], what: str):
+    """Returns a jitted function compiled ahead of time, for what the devices have.
+
+    Args:
+      program: what `jax.jit` returned; what cannot be compiled ahead is returned as it is.
+      arguments: those that it will be called with, or their shapes.
+      devices: those of this process that run it.
+      what: needs the memory: "the train step".
+
+    Raises:
+      InputError: it needs more memory than there is.
+    """
+    if not hasattr(program, "lower"):  # a function around it, that watches or disturbs it
+        return program
+    with shortage_explained(devices[0], what):
+        compiled = program.lower(*arguments).compile()
+    check_fits((planned(compiled) or {}).get("total"), devices[0], what, devices=len(devices))
+    return compiled
+
+
+def planned(compiled) -> dict[str, int] | None:
+    """Returns the bytes on each device that a compiled program takes, as XLA has planned it; None where it does not say.
+
+    "temporary" is what it needs while it runs (of a train step activations, for the most part), "arguments" (the state, the
+    teacher, a batch) and "outputs" are what goes in and comes out, and "aliased" the part of the outputs that takes the place
+    of arguments; "total" = temporary + arguments + outputs - aliased.
+    """
+    analysis = getattr(compiled, "memory_analysis", None)
+    found = analysis() if analysis else None
+    if found is None:
+        return None
+    sizes = {"temporary": found.temp_size_in_bytes, "arguments": found.argument_size_in_bytes,
+             "outputs": found.output_size_in_bytes, "aliased": found.alias_size_in_bytes}
+    return sizes | {"total": sizes["temporary"] + sizes["arguments"] + sizes["outputs"] - sizes["aliased"]}
+
+
 def check_fits(needed: int | None, device: jax.Device, what: str, *, devices: int = 1) -> None:
     """Raises InputError where a program needs more memory than there is, before it is run.
 
     Args:
-      needed: bytes on each device, as `jaxrd.training.loop.step_memory` gives them in "total"; None where it is not known.
+      needed: bytes on each device, as `planned` gives them in "total"; None where it is not known.
       device: one of the devices.
       what: needs it: "the train step".
       devices: how many devices of this host share its memory; read on CPU alone, whose devices do.

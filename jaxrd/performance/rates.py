@@ -97,6 +97,7 @@ class AttackRate:
     cached_seconds: float
 
 
+@jax.default_matmul_precision("highest")  # as evaluations do
 def attack_rates(config: Config, source: Source, names: list[str], repeats: int) -> tuple[int, dict[str, AttackRate]]:
     """Returns how many images a batch had, and by attack what it takes, the attacks timed in turn.
 

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from jaxrd.performance import timing
+from jaxrd.performance import memory, timing
 from jaxrd.performance.timing import Spread
 from jaxrd.performance.workload import Workload
-from jaxrd.training import loop
 
 IN_FLIGHT = 2  # steps that training starts before it waits for the first of them
 
@@ -86,7 +85,7 @@ class SideBySide:
     Attributes:
       seconds: of a step.
       images_per_second: at the median.
-      planned_memory: bytes on each device, see `loop.step_memory`; None where the backend does not say.
+      planned_memory: bytes on each device, see `memory.planned`; None where the backend does not say.
       compilation_seconds: of the step.
     """
 
@@ -122,7 +121,7 @@ def side_by_side(workloads: Mapping[str, Workload], repeats: int | None = None) 
         return run
 
     seconds = timing.in_turn({name: runner(name) for name in workloads}, repeats)
-    return {name: SideBySide(seconds[name], workload.batch_size / seconds[name].median, loop.step_memory(compiled[name][0]),
+    return {name: SideBySide(seconds[name], workload.batch_size / seconds[name].median, memory.planned(compiled[name][0]),
                              compiled[name][1])
             for name, workload in workloads.items()}
 

@@ -16,7 +16,7 @@ from jaxrd.config import Config
 from jaxrd.data.source import Source
 from jaxrd.errors import InputError
 from jaxrd.performance import memory
-from jaxrd.training import loop, parallel, scaling, state as states, teacher_cache
+from jaxrd.training import opening, parallel, scaling, state as states, teacher_cache
 from jaxrd.training.feeding import Feeder
 from jaxrd.training.step import Recipe, make_train_step, shardings
 
@@ -64,7 +64,8 @@ class Workload:
     def shapes(self) -> tuple:
         """Returns the shapes of the step's arguments: (state, teacher's variables, batch)."""
         return scaling.abstract_arguments(
-            self.recipe, self.mesh, self.teacher_variables, self.batch_size, teacher_clean=self.cached)
+            self.recipe, self.mesh, self.teacher_variables, self.batch_size, teacher_clean=self.cached,
+            pixels=self.source.images.dtype)
 
     def compile(self) -> tuple[jax.stages.Compiled, float]:
         """Returns the step, compiled, and the seconds that it took.
@@ -72,14 +73,10 @@ class Workload:
         Raises:
           InputError: it needs more memory than a device has.
         """
-        device = self.mesh.local_devices[0]
-        with memory.shortage_explained(device, self.description):
-            began = time.perf_counter()
-            compiled = make_train_step(self.recipe, self.mesh).lower(*self.shapes()).compile()
-            seconds = time.perf_counter() - began
-        memory.check_fits((loop.step_memory(compiled) or {}).get("total"), device, self.description,
-                          devices=len(self.mesh.local_devices))
-        return compiled, seconds
+        began = time.perf_counter()
+        compiled = memory.compile_within(
+            make_train_step(self.recipe, self.mesh), self.shapes(), self.mesh.local_devices, self.description)
+        return compiled, time.perf_counter() - began
 
     def state(self) -> states.TrainState:
         """Returns a fresh state, on the devices."""
@@ -118,7 +115,7 @@ def open_workload(
     parallel.check_batch_size("config.training.batch_size", training.batch_size, mesh, accumulation=training.accumulation,
                               bn_groups=config.bn_groups)
     if random_images is None:
-        dataset, source = loop.open_data(config)
+        dataset, source = opening.open_data(config)
     else:
         source = random_source(random_images, classes)
         dataset = types.SimpleNamespace(train=source)
@@ -126,7 +123,7 @@ def open_workload(
     if teacher_model:
         teacher = models.create(teacher_model, classes=source.classes, image_shape=source.image_shape)
     try:
-        recipe, variables = loop.build_recipe(config, dataset, source.epoch, mesh, teacher=teacher)
+        recipe, variables = opening.build_recipe(config, dataset, source.epoch, mesh, teacher=teacher)
     except InputError as error:
         if str(error).startswith("config.teacher") and not teacher_model:
             raise InputError(f"{error}; or time an untrained one: --teacher_model={config.student}") from None

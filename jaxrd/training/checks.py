@@ -12,7 +12,7 @@ from jaxrd.config import Config, difference
 from jaxrd.distillation import Method
 from jaxrd.errors import InputError
 from jaxrd.training import checkpoint
-from jaxrd.training.log import write_json
+from jaxrd.training.log import read_metrics, write_json
 
 
 def check_teacher(name: str, teacher: models.Model, student: models.Model) -> None:
@@ -101,3 +101,9 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
             write_json(workdir / "config.json", config.to_dict())
     except OSError as error:
         raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another --workdir") from None
+
+
+def release(workdir: pathlib.Path) -> None:
+    """Gives back a directory in which nothing has been trained yet, so that the next attempt may differ: in its batch size."""
+    if jax.process_index() == 0 and not checkpoint.has_checkpoints(workdir) and not read_metrics(workdir / "metrics.jsonl"):
+        (workdir / "config.json").unlink(missing_ok=True)

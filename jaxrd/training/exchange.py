@@ -30,7 +30,7 @@ from jaxrd.models.weights.accounting import some
 from jaxrd.models.weights.unpickling import printable
 from jaxrd.training import checkpoint, parallel
 from jaxrd.training.log import write_json
-from jaxrd.training.loop import open_own_data
+from jaxrd.training.opening import open_own_data
 
 EXPORT_FORMATS = ("torch", "safetensors", "stablehlo")
 

@@ -95,6 +95,16 @@ class Recipe:
         return models.variant(self.student, gradient_checkpointing=self.gradient_checkpointing)
 
     @property
+    def dtypes(self) -> dict[str, str | None]:
+        """What the bodies of the networks compute in, by network; None for a model of one's own, which does not say."""
+        networks = {"student": self.student, "attacked student": self.attacked_student}
+        if self.teacher:
+            networks["teacher"] = self.teacher
+            if self.method.attack.teacher_gradient:
+                networks["attacked teacher"] = self.attacked_teacher
+        return {name: model.specification.get("dtype") for name, model in networks.items()}
+
+    @property
     def reads_teacher_on_clean(self) -> bool:
         """Whether the logits T(clean) are needed, by the attack or by a term."""
         return any(view.name == "clean" and view.readout is None for view in self.method.teacher_views)

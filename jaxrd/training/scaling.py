@@ -173,6 +173,7 @@ def collectives_table(recipe: Recipe, teacher_variables: dict | None, counts: li
 
 def abstract_arguments(
     recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict | None, batch: int, *, teacher_clean: bool = False,
+    pixels=np.uint8,
 ) -> tuple:
     """Returns the arguments of a step as shapes with shardings: (state, teacher's variables, batch).
 
@@ -182,6 +183,7 @@ def abstract_arguments(
       teacher_variables: the teacher's, or their shapes; None without a teacher.
       batch: images of a step.
       teacher_clean: the batch comes with the teacher's logits on its images.
+      pixels: dtype of the images as they come: uint8, or float32.
     """
     def placed(tree, placement):
         return jax.tree.map(
@@ -190,15 +192,17 @@ def abstract_arguments(
     state = recipe.state_shapes
     everywhere = jax.tree.map(lambda _: parallel.replicated(mesh), teacher_variables)
     cut = (batch,) if recipe.accumulation == 1 else (recipe.accumulation, batch // recipe.accumulation)
-    found = batch_shapes(recipe, cut, teacher_clean)
+    found = batch_shapes(recipe, cut, teacher_clean=teacher_clean, pixels=pixels)
     split = parallel.sharded(mesh, recipe.accumulation)
     return (placed(state, shardings(recipe, mesh)), placed(teacher_variables, everywhere),
             placed(found, dict.fromkeys(found, split)))
 
 
-def batch_shapes(recipe: Recipe, cut: tuple[int, ...], teacher_clean: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    recipe: Recipe, cut: tuple[int, ...], *, teacher_clean: bool = False, pixels=np.uint8,
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a batch, cut into [batch] or [micro-batches, batch / micro-batches]; see `abstract_arguments`."""
-    images = jax.ShapeDtypeStruct((*cut, *recipe.student.image_shape), np.uint8)
+    images = jax.ShapeDtypeStruct((*cut, *recipe.student.image_shape), pixels)
     labels = jax.ShapeDtypeStruct(cut, np.int32)
     roles = ["", *(["partner"] if recipe.augmentation.mixes else []), *(["negative"] if recipe.method.negatives else [])]
     found = {name: value for role in roles for name, value in (

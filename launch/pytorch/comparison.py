@@ -20,6 +20,8 @@ from launch.pytorch import jobs
 from launch.pytorch.jobs import Job
 
 OURS = "jaxrd"
+_TURN = 0.5  # seconds of a turn, where a step is shorter: as in training, the next one begins before the one before is awaited
+_MOST = 100  # steps of a turn
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -129,13 +131,13 @@ class TorchSteps:
                     self.memory[variant] = answer["memory"]
         return results
 
-    def step(self, variant: str) -> float:
-        """Runs one step and returns its seconds, by the child's clock.
+    def step(self, variant: str, times: int = 1) -> float:
+        """Runs so many steps, one right after another, and returns the seconds of one, by the child's clock.
 
         Raises:
-          VariantError: it failed; the variant is no longer among `variants`.
+          VariantError: one failed; the variant is no longer among `variants`.
         """
-        return self._answer(variant, variant)["seconds"]
+        return self._answer(variant, f"{variant} {times}")["seconds"]
 
     def _answer(self, variant, line):
         answer = self._ask(line)
@@ -177,29 +179,33 @@ class TorchSteps:
         self._log.close()
 
 
-def compare(jax_step: Callable[[], None], steps: TorchSteps, turns: int) -> dict[str, list[float]]:
-    """Returns the seconds of each turn, under "jaxrd" and by variant: all step once in a turn, so that what disturbs one
-    disturbs all. A first turn is not measured. A variant that fails is left out; `steps.errors` has the reason.
+def compare(jax_steps: Callable[[int], None], steps: TorchSteps, turns: int) -> dict[str, list[float]]:
+    """Returns the seconds of a step in each turn, under "jaxrd" and by variant: all step in every turn, so that what disturbs
+    one disturbs all. A first turn, of one step each, is not measured, and says how many steps the others have: one, or as many
+    as take half a second. A variant that fails is left out; `steps.errors` has the reason.
 
     Args:
-      jax_step: takes one step and returns when it is done.
+      jax_steps: takes so many steps and returns when they are done.
       steps: the running child.
       turns: number of measured turns.
     """
     seconds: dict[str, list[float]] = {OURS: [], **{variant: [] for variant in steps.variants}}
+    times = dict.fromkeys(seconds, 1)
     for turn in range(turns + 1):
         began = time.perf_counter()
-        jax_step()
-        taken = {OURS: time.perf_counter() - began}
+        jax_steps(times[OURS])
+        taken = {OURS: (time.perf_counter() - began) / times[OURS]}
         jobs.settle()
         for variant in steps.variants:
             try:
-                taken[variant] = steps.step(variant)
+                taken[variant] = steps.step(variant, times[variant])
             except VariantError:
                 del seconds[variant]
         if turn:
             for name, value in taken.items():
                 seconds[name].append(value)
+        else:
+            times = {name: min(_MOST, max(1, round(_TURN / max(value, 1e-9)))) for name, value in taken.items()}
     return seconds
 
 

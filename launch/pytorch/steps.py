@@ -129,12 +129,15 @@ def attack(
 ) -> Tensor:
     """Returns the adversarial images: sign steps and projection, the student in eval mode."""
     student.train(False)
+    # A compiled backward pass gives the gradients of all that asks for one, not those alone that the attack takes.
+    student.module.requires_grad_(False)
     objective = _objective(job, student, teacher, images, labels, teacher_clean)
     points = _start(job, images) if start is None else start
     for _ in range(job.attack_steps):
         points = points.detach().requires_grad_()
         gradient, = torch.autograd.grad(objective(points), points)
         points = project(job, images, points.detach() + job.step_size * gradient.sign())
+    student.module.requires_grad_(True)
     student.train(True)
     return points
 

@@ -1,8 +1,9 @@
 """The child process that times PyTorch: `python -m launch.pytorch.worker`, a line in, a line out, all of them JSON.
 
 The first line in is a `Job`; the answer says what it runs on, {"torch", "device", "threads"}, or {"error"}. After that each
-line names a variant: "warm_up NAME" builds it and runs its first step, compilation and all, "NAME" runs one more; answered by
-{"seconds"} and, on a GPU, {"memory"}, the peak in bytes of the warm-up. A variant that fails is answered by {"error": one
+line names a variant: "warm_up NAME" builds it and runs its first step, compilation and all, "NAME" runs one more and "NAME N"
+so many, one right after another; answered by {"seconds"}, of a step, and, of the warm-up on a GPU, {"memory"}, the peak in
+bytes of a second step, when nothing is tried out or compiled any more. A variant that fails is answered by {"error": one
 line}, let go, and built anew should it be asked for again.
 """
 
@@ -47,24 +48,27 @@ class Bench:
         """Builds a variant and runs its first step."""
         cuda = self.device.type == "cuda"
         before = torch.cuda.memory_allocated() if cuda else 0
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         self._built[variant] = self._build(variant)
         self.step(variant)
         answer = {"seconds": time.perf_counter() - began}
-        return answer | ({"memory": torch.cuda.max_memory_allocated() - before} if cuda else {})
+        if not cuda:
+            return answer
+        torch.cuda.reset_peak_memory_stats()
+        self.step(variant)
+        return answer | {"memory": torch.cuda.max_memory_allocated() - before}
 
-    def step(self, variant: str) -> dict:
-        """Runs one step of a variant, from images on the device to the end of the optimiser's step."""
+    def step(self, variant: str, times: int = 1) -> dict:
+        """Runs so many steps of a variant, from images on the device to the end of the last optimiser's step."""
         if variant not in self._built:
             self._built[variant] = self._build(variant)
         student, teacher, optimizer, images = self._built[variant]
         self._wait()
         began = time.perf_counter()
-        steps.train_step(self.job, student, teacher, optimizer, images, self.labels)
+        for _ in range(times):
+            steps.train_step(self.job, student, teacher, optimizer, images, self.labels)
         self._wait()
-        return {"seconds": time.perf_counter() - began}
+        return {"seconds": (time.perf_counter() - began) / times}
 
     def let_go(self, variant: str) -> None:
         """Gives back the memory of a variant that failed."""
@@ -121,9 +125,10 @@ def main() -> None:
         return answer({"error": one_line(error)})
     answer(bench.facts())
     for line in sys.stdin:
-        *warm_up, variant = line.split() or [""]
+        asked, _, rest = line.strip().partition(" ")
+        variant = rest if asked == "warm_up" else asked
         try:
-            fields = bench.warm_up(variant) if warm_up else bench.step(variant)
+            fields = bench.warm_up(variant) if asked == "warm_up" else bench.step(variant, int(rest or 1))
         except Exception as error:
             fields = {"error": one_line(error)}
         if "error" in fields:  # by now the exception, which holds on to the step's memory, is gone

@@ -20,7 +20,7 @@ import pathlib, re, sys
 import numpy as np
 from configs import cifar10
 from jaxrd.config import Config
-from jaxrd.training import loop
+from jaxrd.training import loop, opening
 values = cifar10.get_config("teacher").to_dict()
 values |= {"student": "wrn10_1"}
 values["data"] |= {"name": "mine", "directory": sys.argv[1], "validation_fraction": 0.002}
@@ -28,7 +28,7 @@ values["training"] |= {"steps": 2, "checkpoint_every": 2}
 values["attack"] |= {"steps": 1}
 config = Config.from_dict(values)
 loop.train(config, sys.argv[2])
-_, source = loop.open_data(config)
+_, source = opening.open_data(config)
 total = sum(int(source.images[start:start + 1000].sum()) for start in range(0, len(source), 1000))
 status, own, mapped = pathlib.Path("/proc/self/status").read_text(), 0, False
 for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():

@@ -6,7 +6,9 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 
 from jaxrd import distillation, models
@@ -43,10 +45,11 @@ class Steps:
     """Stands for a child: its steps are the order in which they are asked for, and one variant fails in the second turn."""
 
     def __init__(self, order):
-        self.variants, self.order = ("eager", "bf16"), order
+        self.variants, self.order, self.times = ("eager", "bf16"), order, {}
 
-    def step(self, variant):
+    def step(self, variant, times):
         self.order.append(variant)
+        self.times[variant] = times
         if variant == "bf16" and self.order.count("bf16") == 2:
             self.variants = ("eager",)
             raise comparison.VariantError("out of memory")
@@ -55,9 +58,19 @@ class Steps:
 
 def test_both_sides_step_in_turn_and_the_first_turn_is_not_measured():
     order = []
-    seconds = comparison.compare(lambda: order.append("jaxrd"), Steps(order), turns=3)
+    seconds = comparison.compare(lambda times: order.append("jaxrd"), Steps(order), turns=3)
     assert order == ["jaxrd", "eager", "bf16", "jaxrd", "eager", "bf16", "jaxrd", "eager", "jaxrd", "eager"]
     assert seconds["eager"] == [5.0, 8.0, 10.0] and list(seconds) == ["jaxrd", "eager"] and len(seconds["jaxrd"]) == 3
+
+
+def test_steps_of_a_turn_are_as_many_as_take_half_a_second(monkeypatch):
+    clock, asked = iter(np.cumsum([0, 0.004, 1, 0.4, 1, 0.4])), []
+    monkeypatch.setattr(comparison, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    child = Steps([])
+    child.step = lambda variant, times: child.times.update({variant: times}) or {"eager": 0.03, "bf16": 3.0}[variant]
+    seconds = comparison.compare(asked.append, child, turns=2)
+    assert asked == [1, 100, 100] and child.times == {"eager": 17, "bf16": 1}
+    assert seconds["jaxrd"] == pytest.approx([0.004, 0.004]) and seconds["eager"] == [0.03, 0.03]
 
 
 def test_without_torch_it_is_one_line(monkeypatch):

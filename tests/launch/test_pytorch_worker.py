@@ -30,7 +30,7 @@ def answers(*lines):
 
 def test_every_line_is_answered_and_an_error_ends_nothing():
     job = json.dumps(dataclasses.asdict(JOB))
-    facts, *rest = answers(job, "warm_up eager", "eager", "nonsense", "", "bf16", "channels_last", "eager")
+    facts, *rest = answers(job, "warm_up eager", "eager", "nonsense", "", "bf16", "channels_last", "eager 3")
     assert facts == {"torch": torch.__version__, "device": "cpu", "threads": 1}
     assert [list(answer) for answer in rest] == [
         ["seconds"], ["seconds"], ["error"], ["error"], ["seconds"], ["seconds"], ["seconds"]]
@@ -56,7 +56,7 @@ def test_a_variant_that_fails_leaves_the_others(tmp_path):
         assert list(warm_up) == ["compile", "eager"] and warm_up["eager"] > 0
         assert "compiler" in warm_up["compile"] and "\n" not in warm_up["compile"]
         assert steps.errors == {"compile": warm_up["compile"]} and steps.variants == ("eager",)
-        seconds = comparison.compare(lambda: None, steps, turns=2)
+        seconds = comparison.compare(lambda times: None, steps, turns=2)
         assert [len(values) for values in seconds.values()] == [2, 2] and list(seconds) == ["jaxrd", "eager"]
         with pytest.raises(comparison.VariantError, match="compiler"):
             steps.step("compile")

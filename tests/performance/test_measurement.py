@@ -2,10 +2,12 @@
 
 import json
 
+import jax
 import pytest
 
-from jaxrd.performance import ceilings, measurement, operations, workload
+from jaxrd.performance import ceilings, counting, measurement, operations, workload
 from jaxrd.training import parallel
+from launch import benchmark_tables as tables
 from tests.performance.support import recipe
 from tests.support import assert_input_error
 
@@ -43,6 +45,28 @@ def test_operations_are_those_of_the_whole_batch_and_utilisation_of_a_device(fig
     seconds = figures["step"]["in_training"]["median_seconds"]
     assert use["flop_per_second_of_a_device"] == pytest.approx(counted["xla"]["matrix_flop"] / 4 / seconds)
     assert use["of_peak"] == pytest.approx(use["flop_per_second_of_a_device"] / 1e12)
+    assert use["precisions"] == ["float32"] and figures["dtypes"] == dict.fromkeys(
+        ("student", "attacked student", "teacher"), "float32")
+
+
+@pytest.mark.parametrize("options, precisions", [({}, ["float32"]), ({"attack": {"dtype": "bfloat16"}}, [])])
+def test_without_a_cpu_to_count_on_the_closed_form_counts(tiny_config, monkeypatch, capsys, options, precisions):
+    """As on accelerators that are the only ones in JAX_PLATFORMS; what is computed in two ways has no one peak."""
+    of = workload.open_workload(tiny_config(**options), parallel.data_mesh(jax.devices()[:1]), random_images=(8, 8, 1))
+
+    def none(backend=None):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(counting.jax, "local_devices", none)
+    found = measurement.measure(of, repeats=1, peak_flops=1e12, with_ceilings=False)
+    monkeypatch.undo()
+    counted, use = found["operations"], found["utilisation"]
+    assert counted["xla"] is None and counted["agree"] is None and use["precisions"] == precisions
+    if precisions:
+        seconds = found["step"]["in_training"]["median_seconds"]
+        assert use["of_peak"] == pytest.approx(counted["closed_form"]["flop"] / seconds / 1e12)
+    tables.parts(found)
+    assert "JAX_PLATFORMS leaves out the CPU" in capsys.readouterr().out
 
 
 def test_an_impossible_peak_is_refused_before_anything_is_compiled(tiny_config, monkeypatch):

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxrd.performance import memory
-from jaxrd.training import loop, step
+from jaxrd.training import step
 from tests.performance.support import ONE_DEVICE, recipe, shapes
 from tests.support import assert_input_error
 
@@ -75,6 +75,6 @@ def test_memory_does_not_grow_with_attack_steps():
     """Each step of an attack takes the place of the one before, though all of them are written out one after another."""
     def planned(steps):
         of = recipe("pgd_at", steps=steps)
-        return loop.step_memory(step.make_train_step(of, ONE_DEVICE).lower(*shapes(of, 32)).compile())["temporary"]
+        return memory.planned(step.make_train_step(of, ONE_DEVICE).lower(*shapes(of, 32)).compile())["temporary"]
 
     assert planned(8) < 1.1 * planned(2)

@@ -1,9 +1,11 @@
 """Timing by its counts: how often what is called, and what the figures are of; no number of seconds is judged."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
-from jaxrd.performance import steps, timing, workload
+from jaxrd.performance import measurement, steps, timing, workload
 from jaxrd.training import parallel
 from tests.performance.support import ONE_DEVICE
 from tests.support import assert_input_error
@@ -50,6 +52,19 @@ def test_a_step_runs_once_for_each_time(tiny_config):
     for spread in (found.whole, found.input_wait, found.dispatch, found.between, found.in_training):
         assert spread.repeats == 3
     assert found.whole.median >= found.dispatch.lower and found.between.lower >= 0
+
+
+def test_images_may_come_as_floats(tiny_config, tiny_arrays, tmp_path):
+    paths = []
+    for path in map(pathlib.Path, tiny_arrays.split(",")):
+        with np.load(path) as arrays:
+            np.savez(tmp_path / path.name, images=(arrays["images"] / 255).astype(np.float32), labels=arrays["labels"])
+        paths.append(str(tmp_path / path.name))
+    of = workload.open_workload(tiny_config(data={"arrays": ",".join(paths)}), ONE_DEVICE)
+    assert of.batch()["images"].dtype == np.float32
+    assert steps.step_times(of, of.compile()[0], 1).whole.median > 0
+    figures = measurement.measure(of, repeats=1, with_ceilings=False)
+    assert figures["operations"]["agree"]
 
 
 def test_steps_side_by_side_say_what_each_takes(tiny_config):

@@ -11,7 +11,7 @@ import pytest
 from jaxrd import models
 from jaxrd.config import Config
 from jaxrd.sweeps import description, plan
-from jaxrd.training import loop, parallel, state as states, step as steps, teacher_cache
+from jaxrd.training import opening, parallel, state as states, step as steps, teacher_cache
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs" / "ablations").glob("*.toml"))
@@ -62,9 +62,9 @@ def _program(config: Config, arrays: str, mesh) -> str:
     small["method"] |= {"path_points": 2}
     small["training"] |= {"batch_size": 8}
     small = Config.from_dict(small)
-    dataset, source = loop.open_data(small)
+    dataset, source = opening.open_data(small)
     teacher = models.create("resnet6_w4", classes=10, image_shape=source.image_shape)
-    recipe, teacher_variables = loop.build_recipe(small, dataset, source.epoch, mesh, teacher=teacher)
+    recipe, teacher_variables = opening.build_recipe(small, dataset, source.epoch, mesh, teacher=teacher)
     state = states.create(recipe.student, recipe.optimizer, jax.random.key(0), weight_average=recipe.averages)
     batch = source.batch(np.arange(8))
     if recipe.method.negatives:

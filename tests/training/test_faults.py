@@ -4,7 +4,6 @@ Every interrupted run is started once more, by the same command, and must end as
 weights to the bit, the same losses, every step logged once.
 """
 
-import json
 import os
 import pathlib
 import re

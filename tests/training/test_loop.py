@@ -21,7 +21,8 @@ from jaxrd import models
 from jaxrd.distillation.catalogue import BASES
 from jaxrd.errors import InputError
 from jaxrd.evaluation.evaluate import evaluate
-from jaxrd.training import checkpoint, loop
+from jaxrd.performance import memory
+from jaxrd.training import checkpoint, checks, loop, opening, parallel, validation
 from jaxrd.training.log import read_metrics
 from tests.support import assert_input_error
 
@@ -174,13 +175,13 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny_config, tmp_path, mon
 
 def test_validation_is_that_of_the_weights_that_are_kept(finished, config):
     workdir, state = finished
-    dataset, _ = loop.open_data(config)
+    dataset, _ = opening.open_data(config)
     model, variables, origin = checkpoint.restore_model(workdir, 6)
     assert origin["weights"] == "average"
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, variables), state.average)
-    mesh = loop.parallel.data_mesh(jax.devices()[:1])
+    mesh = parallel.data_mesh(jax.devices()[:1])
     teacher, teacher_variables, _ = checkpoint.restore_model(config.teacher)
-    expected = loop.validate(
+    expected = validation.validate(
         model, variables, dataset.validation, config.threat.build(), mesh, teacher=teacher,
         teacher_variables=teacher_variables)
     assert len(expected) == 5
@@ -202,7 +203,7 @@ def test_every_step_trains_on_its_own_batch_of_the_seed(tiny_config, tmp_path, m
     monkeypatch.setattr(loop, "make_train_step", make_train_step)
     config = tiny_config(seed=3, data={"examples": 50})
     train(config, tmp_path / "run")
-    _, source = loop.open_data(config)
+    _, source = opening.open_data(config)
     assert len(source) == 50 and len(seen) == 6
     for step, batch in enumerate(seen):
         chex.assert_trees_all_equal(batch, source.batch(source.indices(3, step, 16)))
@@ -440,20 +441,39 @@ def test_negatives_need_a_second_class_in_the_batch(tiny_config, tiny_teacher, t
         lambda: train(config, tmp_path / "run"), "batch of step 1", "class", "path", "config.training.batch_size",
         "config.method.path_targeted_start=anchor_image")
     anchors = tiny_config(method=path | {"path_targeted_start": "anchor_image"}, teacher=str(tiny_teacher))
-    loop.check_batch(anchors.build_method(), np.zeros(8, int), 1)
-    loop.check_batch(config.build_method(), np.array([1, 1, 0]), 1)
+    checks.check_batch(anchors.build_method(), np.zeros(8, int), 1)
+    checks.check_batch(config.build_method(), np.array([1, 1, 0]), 1)
     from_data = tiny_config(method=path | {"path_negatives": "data"}, teacher=str(tiny_teacher))
-    loop.check_batch(from_data.build_method(), np.zeros(8, int), 1)
+    checks.check_batch(from_data.build_method(), np.zeros(8, int), 1)
+
+
+def test_a_run_that_does_not_fit_leaves_its_directory_to_the_next_attempt(tiny_config, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "memory_of", lambda device: 2**16)
+        for _ in range(2):
+            assert_input_error(
+                lambda: train(tiny_config(), workdir), "the train step needs", "has 0.1 MiB", "config.training.batch_size")
+    smaller = tiny_config(training={"batch_size": 8, "steps": 2, "checkpoint_every": 1})
+    train(smaller, workdir)
+    assert checkpoint.steps_of(workdir) == [1, 2]
+
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "memory_of", lambda device: 2**16)
+        assert_input_error(lambda: train(smaller, workdir), "the train step needs")
+    assert_input_error(lambda: train(tiny_config(), workdir), "config.training", "choose another --workdir")  # it has begun
+    assert int(train(smaller, workdir).step) == 2
 
 
 def test_a_run_of_a_method_that_is_not_registered_here_is_not_called_damaged(tiny_config, tmp_path):
     config = tiny_config()
-    loop.claim(tmp_path, config)
+    checks.claim(tmp_path, config)
     values = json.loads((tmp_path / "config.json").read_text())
     values["method"]["name"] = "gentle"
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError) as raised:
-        loop.check_claim(tmp_path, config)
+        checks.check_claim(tmp_path, config)
     assert '"gentle"' in str(raised.value) and "register it" in str(raised.value) and "damaged" not in str(raised.value)
 
 
@@ -468,11 +488,11 @@ def test_a_teacher_without_an_input_gradient_is_noticed_before_training(blocked,
         return blocked(logits), moved
 
     config = tiny_config(method="adaad", teacher=str(tiny_teacher))
-    dataset, source = loop.open_data(config)
+    dataset, source = opening.open_data(config)
 
     def build(teacher):
-        return loop.build_recipe(
-            config, dataset, len(source), loop.parallel.data_mesh(jax.devices()[:1]), teacher=teacher)
+        return opening.build_recipe(
+            config, dataset, len(source), parallel.data_mesh(jax.devices()[:1]), teacher=teacher)
 
     assert_input_error(
         lambda: build(dataclasses.replace(teacher, apply=apply)), "config.teacher", str(tiny_teacher), what, "adaad",

@@ -8,7 +8,7 @@ import pytest
 
 from jaxrd import models
 from jaxrd.config import Config
-from jaxrd.training import loop
+from jaxrd.training import loop, opening
 from jaxrd.training.log import read_metrics
 from tests.support import assert_input_error
 
@@ -22,7 +22,7 @@ def entries(workdir, kind):
 
 def test_selection_last_trains_on_all_images_and_validates_on_none(tiny_config, tmp_path):
     config = tiny_config(data={"selection": "last"}, training={"steps": 4})
-    dataset, source = loop.open_data(config)
+    dataset, source = opening.open_data(config)
     assert len(source) == 200 and dataset.validation is None
     assert int(loop.train(config, tmp_path / "run", **ONE).step) == 4
     assert entries(tmp_path / "run", "train/loss") and not entries(tmp_path / "run", "validation/pgd_accuracy")
@@ -34,7 +34,7 @@ def test_selection_last_trains_on_all_images_and_validates_on_none(tiny_config, 
 
 def test_selection_test_trains_on_all_images_and_validates_on_the_test_images(tiny_config, tmp_path, capsys):
     config = tiny_config(data={"selection": "test"}, training={"steps": 2})
-    dataset, source = loop.open_data(config)
+    dataset, source = opening.open_data(config)
     assert len(source) == 200 and dataset.validation is dataset.test and len(dataset.test) == 40
     loop.train(config, tmp_path / "run", **ONE)
     assert "chosen on 40 TEST images: its accuracy on them will be optimistic" in capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_a_run_with_further_images_ends_its_epochs_with_its_own_and_goes_on_like
         np.savez(extra, image=255 - file["images"][:50], label=file["labels"][:50])
     mixed = {"extra": str(extra), "extra_fraction": 0.25}
     config = tiny_config(data=mixed, training={"steps": None, "epochs": 0.5})
-    _, source = loop.open_data(config)
+    _, source = opening.open_data(config)
     assert len(source) == 160 + 50 and source.epoch == 160 and config.steps(source.epoch) == 5
     share = source.labels[source.indices(config.seed, 0, 16)]
     assert len(share) == 16 and (source.indices(config.seed, 0, 16) >= 160).sum() == 4

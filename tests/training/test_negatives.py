@@ -16,7 +16,7 @@ import scipy.special
 from jaxrd import data, distillation, objectives
 from jaxrd.data.augment import Augmentation
 from jaxrd.distillation import ADVERSARIAL, CLEAN, NEGATIVE, Method, Monitor, Term, View
-from jaxrd.training import loop, parallel, state as states, step
+from jaxrd.training import loop, opening, parallel, state as states, step
 from tests.support import assert_input_error
 from tests.training.test_views_in_step import BATCH, CLASSES, INNER, SHAPE, dense, gradients, setting
 
@@ -286,7 +286,7 @@ def test_a_run_trains_on_the_negatives_of_its_source_and_goes_on_like_an_uninter
 
     monkeypatch.setattr(loop, "make_train_step", noting)
     whole = loop.train(config, tmp_path / "run", **ONE)
-    _, source = loop.open_data(config)
+    _, source = opening.open_data(config)
     assert len(seen) == 4
     for index, batch in enumerate(seen):
         rows = source.negatives(config.seed, index, 16)
@@ -304,8 +304,8 @@ def test_a_run_trains_on_the_negatives_of_its_source_and_goes_on_like_an_uninter
 def test_data_of_one_class_have_no_negatives(tiny_config, tiny_teacher, tmp_path, monkeypatch):
     config = tiny_config(method=PATH, teacher=str(tiny_teacher))
     source = data.from_arrays(np.zeros((40, 8, 8, 1), np.uint8), np.full(40, 3), classes=10)
-    dataset, _ = loop.open_data(config)
+    dataset, _ = opening.open_data(config)
     one_class = dataclasses.replace(dataset, train=source, validation=source)
-    monkeypatch.setattr(loop, "open_data", lambda config: (one_class, source))
+    monkeypatch.setattr(opening, "open_data", lambda config: (one_class, source))
     assert_input_error(
         lambda: loop.train(config, tmp_path / "run", **ONE), "all 40 images are of class 3", "two classes or more")

@@ -11,7 +11,7 @@ from sklearn import datasets
 
 from jaxrd import ThreatModel, distillation, models, objectives
 from jaxrd.config import Config
-from jaxrd.training import loop, parallel, state as states, step
+from jaxrd.training import loop, opening, parallel, state as states, step, validation
 from tests.support import assert_input_error
 
 SHAPE, THREAT = (8, 8, 1), ThreatModel("linf", 0.1)
@@ -84,7 +84,8 @@ def losses(of, steps=50):
     train_step, found = step.make_train_step(of, mesh), []
     for index in range(steps):
         rows = np.arange(32 * index, 32 * index + 32) % len(images)
-        state, metrics = train_step(state, variables, parallel.put_batch({"images": images[rows], "labels": labels[rows]}, mesh))
+        batch = parallel.put_batch({"images": images[rows], "labels": labels[rows]}, mesh)
+        state, metrics = train_step(state, variables, batch)
         found.append(float(metrics["loss"]))
     return np.asarray(found)
 
@@ -108,8 +109,8 @@ def test_fifty_steps_have_the_same_losses():
 def test_what_a_run_is_told(tiny_config, tiny_teacher, tmp_path):
     config = tiny_config(method={"name": "ard"}, teacher=str(tiny_teacher), teacher_dtype="bfloat16", dtype="bfloat16",
                          attack={"dtype": "float32"}, training={"gradient_checkpointing": True, "steps": 2})
-    dataset, source = loop.open_data(config)
-    of, _ = loop.build_recipe(config, dataset, source.epoch, parallel.data_mesh(jax.devices()[:1]))
+    dataset, source = opening.open_data(config)
+    of, _ = opening.build_recipe(config, dataset, source.epoch, parallel.data_mesh(jax.devices()[:1]))
     assert (of.student.specification["dtype"], of.teacher.specification["dtype"], of.attack_dtype) == (
         "bfloat16", "bfloat16", "float32")
     assert of.gradient_checkpointing and of.attacked_student.specification["dtype"] == "float32"
@@ -124,14 +125,15 @@ def test_the_validation_of_a_bfloat16_run_is_in_float32(monkeypatch, tiny_config
 
     def run_attack(model, *_, **__):
         seen.append(model.specification["dtype"])
-        return loop.robustness.Result(np.ones(4, bool), np.zeros((4, *SHAPE), np.float32), 0.0)
+        assert jax.config.jax_default_matmul_precision == "highest"  # or accelerators would round float32 products
+        return validation.robustness.Result(np.ones(4, bool), np.zeros((4, *SHAPE), np.float32), 0.0)
 
-    monkeypatch.setattr(loop.robustness, "run_attack", run_attack)
-    monkeypatch.setattr(loop.robustness, "gradient_alignment", lambda model, variables, teacher, *_, **__: seen.append(
+    monkeypatch.setattr(validation.robustness, "run_attack", run_attack)
+    monkeypatch.setattr(validation.robustness, "gradient_alignment", lambda model, variables, teacher, *_, **__: seen.append(
         model.specification["dtype"]) or seen.append(teacher.specification["dtype"]) or {"gradient_cosine": 0.0})
-    source = loop.open_data(tiny_config())[1]
+    source = opening.open_data(tiny_config())[1]
     half = [models.variant(one, dtype="bfloat16") for one in (STUDENT, TEACHER)]
-    loop.validate(half[0], {}, source, THREAT, None, teacher=half[1], teacher_variables={})
+    validation.validate(half[0], {}, source, THREAT, None, teacher=half[1], teacher_variables={})
     assert len(seen) == 6 and set(seen) == {"float32"}
 
 

@@ -12,7 +12,7 @@ import pytest
 from jaxrd import ThreatModel, attacks, distillation, models, objectives
 from jaxrd.config import Config
 from jaxrd.data.augment import Augmentation
-from jaxrd.training import checkpoint, loop, parallel, state as states, step, swa
+from jaxrd.training import checkpoint, loop, opening, parallel, state as states, step, swa, validation
 from jaxrd.training.log import read_metrics
 from jaxrd.training.snapshots import Snapshots
 from tests.support import assert_input_error
@@ -43,8 +43,8 @@ def run(config, tmp_path_factory):
     """(workdir, last state, training images, recipe). Read only."""
     workdir = tmp_path_factory.mktemp("swa") / "run"
     state = loop.train(config, workdir, devices=jax.devices()[:1])
-    dataset, source = loop.open_data(config)
-    recipe, _ = loop.build_recipe(config, dataset, source.epoch, mesh(1))
+    dataset, source = opening.open_data(config)
+    recipe, _ = opening.build_recipe(config, dataset, source.epoch, mesh(1))
     return workdir, state, source, recipe
 
 
@@ -112,9 +112,9 @@ def test_what_is_validated_saved_and_restored_is_the_average(run, config):
     model, variables, origin = checkpoint.restore_model(workdir)
     assert origin["weights"] == "average"
     assert_close(variables, state.average, atol=0)
-    dataset, _ = loop.open_data(config)
-    validation = loop.validate(model, variables, dataset.validation, config.threat.build(), mesh(1))
-    assert validation.items() <= read_metrics(workdir / "metrics.jsonl")[-1].items()
+    dataset, _ = opening.open_data(config)
+    accuracies = validation.validate(model, variables, dataset.validation, config.threat.build(), mesh(1))
+    assert accuracies.items() <= read_metrics(workdir / "metrics.jsonl")[-1].items()
 
 
 def test_a_resumed_run_has_the_same_average(run, config, tmp_path):
