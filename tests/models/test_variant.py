@@ -9,6 +9,8 @@ import pytest
 from jaxrd import models
 from tests.support import assert_input_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (8, 8, 3)
 NAMES = ["resnet6_w4", *(pytest.param(name, marks=pytest.mark.slow) for name in (
     "wrn10_1", "preact_resnet18_w4", "dm_wrn10_1", "dm_preact_resnet18_w4", "mobilenet_v2", "resnet50_w4"))]

@@ -15,6 +15,8 @@ from jaxrd.training import parallel, schedule, state as states, step
 from jaxrd.training.loop import train
 from tests.support import assert_input_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BATCH, PARTS, STEPS = 16, 4, 3
 TEACHER = models.create("resnet6_w4", classes=10, image_shape=(8, 8, 1))
 

@@ -13,6 +13,8 @@ from jaxrd.data.augment import Augmentation
 from jaxrd.threat import ThreatModel
 from jaxrd.training import parallel, schedule, state as states, step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TEACHER = models.create("resnet6_w4", classes=10, image_shape=(8, 8, 1))
 METHODS = [("rslad+igdm", {}), *(pytest.param(name, options, marks=pytest.mark.slow) for name, options in (
     ("rslad+igdm", {"mirrored_statistics": True}), ("trades+awp", {}), ("dgad+igdm", {}), ("path+igdm", {"path_points": 2}),

@@ -26,6 +26,8 @@ from jaxrd.training import checkpoint, checks, loop, opening, parallel, validati
 from jaxrd.training.log import read_metrics
 from tests.support import assert_input_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

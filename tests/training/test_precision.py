@@ -14,6 +14,8 @@ from jaxrd.config import Config
 from jaxrd.training import loop, opening, parallel, state as states, step, validation
 from tests.support import assert_input_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE, THREAT = (8, 8, 1), ThreatModel("linf", 0.1)
 STUDENT, TEACHER = (models.create(name, classes=10, image_shape=SHAPE) for name in ("resnet6_w4", "resnet6_w8"))
 

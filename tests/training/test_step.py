@@ -19,6 +19,8 @@ from jaxrd.models.resnet import BasicBlock, ResNet
 from jaxrd.threat import ThreatModel
 from jaxrd.training import parallel, schedule, state as states, step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 METHODS = ["pgd_at", "rslad", "ard+igdm", *(pytest.param(name, marks=pytest.mark.slow) for name in (
     "ard", "dgad+igdm", "iad", "path", "path of the batch", "ard+jvp", "ard+direct", "pgd_at+awp"))]
 BATCH, STEPS, RATE, ALPHA, DECAY = 16, 5, 0.05, 30.0, 0.8

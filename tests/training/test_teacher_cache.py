@@ -16,6 +16,8 @@ from jaxrd.training.feeding import Feeder
 from tests.support import assert_input_error
 from tests.training.test_cost import BATCH, K, SHAPE, Counter
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
 SOURCE = data.from_arrays(IMAGES, np.arange(30) % 10, classes=10)
 TEACHER = models.create("resnet6_w4", classes=10, image_shape=(8, 8, 1))

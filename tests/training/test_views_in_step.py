@@ -13,6 +13,8 @@ from jaxrd import ThreatModel, distillation, models
 from jaxrd.distillation.catalogue import BASES
 from jaxrd.training import parallel, step, state as states
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BATCH, SHAPE, CLASSES = 16, (4, 4, 1), 4
 INNER = distillation.InnerMaximisation(ThreatModel("linf", 0.1), 0.05, 3)
 
