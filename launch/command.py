@@ -101,12 +101,15 @@ def _together(main: Callable[[], None]) -> None:
             startup.finish(patience=60)
             if process and isinstance(error, KeyboardInterrupt):
                 raise SystemExit(130) from None
+            if isinstance(error, SystemExit) and isinstance(error.code, int):
+                startup.leave(error.code)
             raise
         if what := startup.lost_process(error):
             startup.end_as_lost(what)
         startup.fail(1, f"process {process}:\n{traceback.format_exc()}")
     if startup := sys.modules.get("jaxrd.training.startup"):
         startup.finish()
+        startup.leave(0)
 
 
 def _silence_libraries() -> None:

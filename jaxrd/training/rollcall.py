@@ -129,7 +129,7 @@ class Lifelines:
         # Without process 0 the others cannot agree on one that speaks: the last one, for the first ones may share its machine.
         if text and (self.process in (0, self.processes - 1) or sys.stderr.isatty()):
             _write(text)
-        flush = threading.Thread(target=_flush, daemon=True)  # another thread may hold a stream and wait for ever
+        flush = threading.Thread(target=flush_streams, daemon=True)  # another thread may hold a stream and wait for ever
         flush.start()
         flush.join(1)
         time.sleep(0.3 if self.process == 0 else 0)  # or what was not read here would take back what was sent
@@ -304,7 +304,8 @@ def _write(text: str) -> None:
         raw = raw[os.write(2, raw):]
 
 
-def _flush() -> None:
+def flush_streams() -> None:
+    """Writes what Python's streams still hold."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -60,7 +60,11 @@ def test_the_faked_environment_of_slurm():
                  "SLURM_STEP_TASKS_PER_NODE": "2", "JAX_COORDINATOR_PORT": str(port)}
     tasks = [start("--cpu_devices=2", "--steps=1", SLURM_PROCID=str(task), SLURM_LOCALID=str(task), **variables)
              for task in range(2)]
-    outputs = [task.communicate(timeout=100) for task in tasks]
+    try:
+        outputs = [task.communicate(timeout=100) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
     assert outputs == [(f"2 processes x 2 cpu devices, found by SLURM; coordinator localhost:{port}\n"
                         "step 1: 6 over 4 devices\n", ""), ("", "")]
 

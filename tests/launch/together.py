@@ -3,6 +3,7 @@
 `python -m tests.launch.together [--steps=N] [--how=...]` with the flags of `launch.start`. Prints "step N" as it goes.
 """
 
+import faulthandler
 import os
 import time
 
@@ -38,6 +39,7 @@ def main() -> None:
             with processes.together():
                 if jax.process_index() == 1:
                     raise InputError("refused, together")
+    faulthandler.dump_traceback_later(60, exit=True)  # what hangs from here on says where
 
 
 def _end(how: str) -> None:
