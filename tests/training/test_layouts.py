@@ -40,6 +40,7 @@ parallel.enable_compilation_cache()
 from tests.training import test_layouts
 test_layouts.as_a_process(jobs)
 startup.finish()
+startup.leave(0)
 """
 
 
