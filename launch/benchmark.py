@@ -255,7 +255,7 @@ def scaling_of(config) -> dict:
         surroundings.collectives(config, *untrained, counts)
     else:
         surroundings.on_paper(config, *untrained, counts, _BATCH_PER_DEVICE.value, _DEVICE_FLOPS.value, _LINK_BYTES.value,
-                              _LINK_LATENCY.value)
+                              _LINK_LATENCY.value, pixels=source.images.dtype)
     return {}
 
 

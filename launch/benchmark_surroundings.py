@@ -55,10 +55,12 @@ def collectives(config, recipe, teacher_variables, mesh, counts: list[int]) -> N
     print(scaling.collectives_table(recipe, teacher_variables, counts, config.training.batch_size))
 
 
-def on_paper(config, recipe, teacher_variables, mesh, counts: list[int], batch_per_device: int, *speeds: float) -> None:
+def on_paper(
+    config, recipe, teacher_variables, mesh, counts: list[int], batch_per_device: int, *speeds: float, pixels,
+) -> None:
     """Prints how so many devices would do, of these FLOP/s, with links of these bytes/s and seconds a hop."""
     from jaxrd.training import scaling
 
-    cost = scaling.step_cost(recipe, mesh, teacher_variables)
+    cost = scaling.step_cost(recipe, mesh, teacher_variables, pixels=pixels)
     tables.cost(cost, recipe, config.student, *speeds)
     print(scaling.paper_table(cost, [scaling.on_paper(cost, count, batch_per_device, *speeds) for count in counts]))

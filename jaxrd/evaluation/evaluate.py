@@ -196,7 +196,7 @@ def _open_teacher(subject: Subject, teacher: str, tell) -> tuple[str, models.Mod
 
 def _cost_of_training(workdir, batch_size: int) -> dict[str, float]:
     """Returns "seconds_per_step", the median pace of training as its log has it, without compilation and validation, and
-    "step_memory", the bytes that a step takes on each device (see `memory.planned`); of both what is known.
+    "step_memory", the bytes that a step takes on each device (`jaxrd.performance.memory.planned`); of both what is known.
     """
     entries, cost = read_metrics(workdir / "metrics.jsonl"), {}
     if pace := [entry["images_per_second"] for entry in entries if is_number(entry.get("images_per_second"))]:

@@ -45,7 +45,9 @@ class StepCost:
     exchanges: int = 0
 
 
-def step_cost(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict | None, batch: int = 8) -> StepCost:
+def step_cost(
+    recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict | None, batch: int = 8, *, pixels=np.uint8,
+) -> StepCost:
     """Returns the cost of a step from its program, which is traced and neither compiled nor run.
 
     Args:
@@ -53,12 +55,13 @@ def step_cost(recipe: Recipe, mesh: jax.sharding.Mesh, teacher_variables: dict |
       mesh: any devices, whose number divides `batch`.
       teacher_variables: the teacher's, or their shapes; None without a teacher.
       batch: examples of the program; what it takes for each hardly depends on it.
+      pixels: dtype of the images as they come, see `abstract_arguments`.
 
     Raises:
       InputError: on a backend that does not count operations.
     """
     state = recipe.state_shapes
-    rows = batch_shapes(recipe, (batch,))
+    rows = batch_shapes(recipe, (batch,), pixels=pixels)
 
     def last(variables, images):
         return recipe.student.apply(variables, images, True)[0].sum()

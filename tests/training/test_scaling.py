@@ -43,6 +43,8 @@ def test_a_step_is_counted_as_its_whole_program_counts():
     statistics = sum(leaf.size for leaf in jax.tree.leaves(shapes["batch_stats"]))
     assert 0 <= cost.state_bytes - 4 * (2 * parameters + statistics) <= 16
     assert cost.image_bytes == 8 * 8 + 4
+    floats = scaling.step_cost(recipe("pgd_at", 1), parallel.data_mesh(jax.devices()[:1]), None, batch=4, pixels=np.float32)
+    assert floats.image_bytes == 4 * 8 * 8 + 4
     layers = len(jax.tree.leaves(shapes["batch_stats"])) // 2
     assert cost.exchanges == 3 * layers and scaling.StepCost(1, 1, 1, 1, 1).exchanges == 0
 

@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -160,3 +162,12 @@ def test_a_port_that_is_taken(port):
     with socket.create_server(("", port)):
         error, = join(port, (0, 2))
     assert error.status == 1 and "cannot listen on that port" in str(error) and f":{port}" in str(error)
+
+
+def test_one_of_several_leaves_as_python_does():
+    """Its threads end, what is registered for the end runs, what is printed is written; alone, it is left to Python."""
+    code = ("import atexit, threading, time; from jaxrd.training import startup; atexit.register(print, 'registered')\n"
+            "threading.Thread(target=lambda: (time.sleep(0.3), print('thread'))).start()\n"
+            "startup.leave(5); print('alone'); startup._lifelines = object(); startup.leave(7); print('never')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "alone\nthread\nregistered\n", "")
